@@ -1,0 +1,29 @@
+"""Tests run offline, on a CPU, and leave nothing outside their own folders."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache of packed data for the session, apart from the user's."""
+    monkeypatch.setenv("VGAN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def pictures_npy(tmp_path: Path) -> Path:
+    """40 pictures of 16 px in 4 classes, as data.path of data=folder."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "tiny_images.npy"
+    np.save(path, rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
+    np.save(tmp_path / "tiny_labels.npy", np.arange(40) % 4)
+    return path

@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.models.discriminator import Discriminator
+from vgan.models.generator import Generator, PlainGenerator
+from vgan.models.layers import AdaptiveAttention2d, BiasLeakyReLU, SelfAttention2d, SeparableConv2d, conv3x3, upsample2x
+
+WIDTHS = [16, 16, 16, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_generator_and_discriminator_at_every_size(resolution: int, channels: int) -> None:
+    G = Generator(8, resolution, WIDTHS, channels, label_dim=3, attention="self")
+    D = Discriminator(resolution, WIDTHS, channels, label_dim=3)
+    c = torch.eye(3)[:2]
+    images = G(torch.randn(2, 8), c)
+    assert images.shape == (2, channels, resolution, resolution)
+    assert D(images, c).shape == (2, 1, 4, 4)
+
+
+def test_separable_convolution_is_depthwise_then_pointwise() -> None:
+    layer = SeparableConv2d(4, 6, kernel_size=5, stride=2, padding=2).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    dense = layer.pointwise.weight[:, :, 0, 0, None, None] * layer.depthwise.weight[:, 0][None]
+    expected = torch.nn.functional.conv2d(x, dense, layer.pointwise.bias, stride=2, padding=2)
+    assert torch.allclose(layer(x), expected)
+    assert layer(x).shape == (2, 6, 5, 5)
+    assert count_parameters(layer) == 4 * 25 + 4 * 6 + 6
+
+
+def test_self_attention_is_softmax_over_positions() -> None:
+    layer = SelfAttention2d(8, 5, num_heads=2).double()
+    x = torch.randn(1, 8, 3, 4, dtype=torch.float64)
+    q, k, v = layer.to_qkv(x).flatten(2)[0].view(3, 2, 4, 12)  # (3, heads, d, positions)
+    q, k = (t / (t.square().mean(1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k))
+    weights = torch.softmax(torch.einsum("hdi,hdj->hij", q, k) / 4**0.5, dim=-1)
+    mixed = torch.einsum("hij,hdj->hdi", weights, v).reshape(1, 8, 3, 4)
+    assert torch.allclose(layer(x), layer.to_out(mixed))
+    assert layer(x).shape == (1, 5, 3, 4)
+
+
+def test_self_attention_sees_the_whole_map() -> None:
+    layer, x = SelfAttention2d(8, 8), torch.randn(1, 8, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x)[0, :, 0, 0].sum(), x)
+    assert (grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("out_channels", [8, 12])
+def test_adaptive_attention_starts_closed_and_learns_to_open(out_channels: int) -> None:
+    layer, x = AdaptiveAttention2d(8, out_channels), torch.randn(2, 8, 4, 4)
+    assert torch.equal(layer(x), layer.project(x))
+    layer(x).square().sum().backward()
+    assert layer.to_gate.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+    with torch.no_grad():
+        layer.to_gate.weight.normal_()
+    assert not torch.equal(layer(x), layer.project(x))
+
+
+def test_pairs_activation_multiplies_tangents_by_the_slope() -> None:
+    act = BiasLeakyReLU(1)
+    with torch.no_grad():
+        act.bias.fill_(1.0)
+    values, tangents = torch.tensor([2.0, -3.0]), torch.tensor([5.0, 7.0])
+    x = torch.cat([values, tangents]).view(4, 1, 1, 1)
+    assert torch.allclose(act(x, pairs=True).flatten(), torch.tensor([3.0, -0.4, 5.0, 1.4]))
+
+
+def test_upsampling_keeps_a_constant_and_passes_no_checkerboard() -> None:
+    assert torch.allclose(upsample2x(torch.ones(1, 2, 4, 4)), torch.ones(1, 2, 8, 8))
+    impulse = torch.zeros(1, 1, 5, 5)
+    impulse[0, 0, 2, 2] = 1
+    assert torch.allclose(upsample2x(impulse)[0, 0, 4, 3:7] * 16 / 3, torch.tensor([1.0, 3.0, 3.0, 1.0]))
+
+
+@pytest.mark.parametrize(("patch_px", "grid"), [(16, 16), (20, 8), (32, 4)])
+def test_patch_size_bounds_what_a_logit_sees(patch_px: int, grid: int) -> None:
+    torch.manual_seed(0)
+    D = Discriminator(32, WIDTHS, patch_px=patch_px)
+    with torch.no_grad():
+        for p in D.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    assert D.receptive_field_px <= patch_px
+    assert D(torch.zeros(1, 3, 32, 32)).shape[-1] == grid
+    x = torch.randn(1, 3, 96, 96, requires_grad=True)
+    logits = D(x)
+    middle = logits.shape[-1] // 2
+    (grad,) = torch.autograd.grad(logits[0, 0, middle, middle], x)
+    rows = grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert int(rows.max() - rows.min()) + 1 == D.receptive_field_px
+
+
+def test_whole_image_receptive_field_and_single_logit() -> None:
+    D = Discriminator(32, WIDTHS, logits_px=1)
+    assert D(torch.randn(2, 3, 32, 32)).shape == (2, 1, 1, 1)
+    assert D.receptive_field_px > 32
+    assert Discriminator(32, WIDTHS)(torch.randn(1, 3, 64, 48)).shape == (1, 1, 8, 6)  # fully convolutional
+
+
+def test_conditioning_reaches_both_networks() -> None:
+    torch.manual_seed(0)
+    z, c = torch.randn(1, 8).expand(2, 8), torch.eye(2)
+    for G in (Generator(8, 16, WIDTHS, label_dim=2), PlainGenerator(8, 16, WIDTHS, label_dim=2)):
+        a, b = G(z, c)
+        assert not torch.allclose(a, b)
+    D = Discriminator(16, WIDTHS, label_dim=2)
+    a, b = D(torch.randn(1, 3, 16, 16).expand(2, 3, 16, 16), c)
+    assert not torch.allclose(a, b)
+    with pytest.raises(ValueError, match="c=None"):
+        D(torch.randn(1, 3, 16, 16))
+
+
+def test_plain_generator_ends_in_tanh() -> None:
+    G = PlainGenerator(8, 16, WIDTHS)
+    with torch.no_grad():
+        G.to_rgb.weight.mul_(100)
+    images = G(torch.randn(4, 8), None)
+    assert images.abs().max() <= 1
+    assert images.abs().max() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        ({"img_resolution": 48}, "power of two"),
+        ({"img_channels": 2}, "must be 1"),
+        ({"widths": [8, 8]}, "needs 3 widths"),
+        ({"conv": "magic"}, "conv=magic"),
+        ({"attention": "magic"}, "attention=magic"),
+    ],
+)
+def test_generator_refuses(kw: dict[str, object], message: str) -> None:
+    arguments = {"z_dim": 8, "img_resolution": 16, "widths": WIDTHS} | kw
+    with pytest.raises(ValueError, match=message):
+        Generator(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kw", "message"), [({"patch_px": 8}, "patch_px=8"), ({"logits_px": 2}, "logits_px=2")])
+def test_discriminator_refuses(kw: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Discriminator(32, WIDTHS, **kw)  # type: ignore[arg-type]
+
+
+def test_multiply_adds_of_known_layers() -> None:
+    x = torch.zeros(1, 4, 8, 8)
+    assert count_multiply_adds(conv3x3("dense", 4, 6), x) == 64 * 4 * 6 * 9
+    assert count_multiply_adds(conv3x3("separable", 4, 6), x) == 64 * (4 * 9 + 4 * 6)
+    assert count_multiply_adds(SelfAttention2d(4, 4), x) == 64 * 4 * 16 + 2 * 64**2 * 4

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from vgan.models.discriminator import Discriminator
+from vgan.penalties import logits_and_penalty
+from vgan.randomness import Streams
+
+
+def shaken_discriminator(**kw: object) -> Discriminator:
+    """Double precision, with no weight left at zero."""
+    torch.manual_seed(0)
+    D = Discriminator(16, [16, 16, 8], label_dim=3, **kw)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in D.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return D.double()
+
+
+@pytest.mark.parametrize("kw", [{}, {"logits_px": 1}, {"conv": "dense", "patch_px": 16}])
+def test_hand_written_jvp_equals_torch_func(kw: dict[str, object], generator: torch.Generator) -> None:
+    D = shaken_discriminator(**kw)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
+    v = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
+    c = torch.eye(3, dtype=torch.float64)[:2]
+    logits, slope = D.jvp(x, c, v)
+    reference = torch.func.jvp(lambda x: D(x, c), (x,), (v,))
+    assert torch.allclose(logits, reference[0], atol=1e-6)
+    assert torch.allclose(slope, reference[1], atol=1e-6)
+    # and the weights' gradients through the slope are right as well
+    grads = torch.autograd.grad(slope.square().mean(), list(D.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(reference[1].square().mean(), list(D.parameters()), allow_unused=True)
+    for a, b in zip(grads, expected):
+        assert a is not None or b is None or float(b.abs().max()) == 0
+        if a is not None and b is not None:
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_estimate_equals_the_exact_mean_over_patches(generator: torch.Generator) -> None:
+    D = shaken_discriminator()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    c = torch.eye(3, dtype=torch.float64)[:1]
+    patches = D(x, c).flatten()
+    exact = sum(float(torch.autograd.grad(p, x, retain_graph=True)[0].square().sum()) for p in patches) / len(patches)
+    draws = 4000
+    v = Streams(0, 0, draws).signs("tangent", x.numel()).double().view(draws, *x.shape[1:])
+    with torch.no_grad():
+        _, estimates = logits_and_penalty(D, x.expand(draws, -1, -1, -1), c.expand(draws, -1), v)
+    error = float(estimates.std()) / draws**0.5
+    assert float(estimates.mean()) == pytest.approx(exact, abs=4 * error)
+    assert error < 0.1 * exact
+
+
+def test_linear_discriminator_has_its_weights_norm_as_penalty() -> None:
+    """||d (w . x) / dx||^2 = ||w||^2, also for a network without a jvp of its own; one pixel, so that one sign is exact."""
+
+    class Linear(nn.Module):
+        def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            return 3 * x
+
+    x = torch.zeros(2, 1, 1, 1)
+    logits, penalty = logits_and_penalty(Linear(), x + 5, torch.zeros(2, 0), torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
+    assert logits.flatten().tolist() == [15, 15]
+    assert penalty.tolist() == [9, 9]

@@ -1,0 +1,142 @@
+"""From config nodes to objects: the only place where a name in a config becomes Python.
+
+Sizes known from the data (resolution, channels, classes) are injected here, so nobody types them twice. Everything is
+built before the first step: a wrong key costs no training time.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import torch
+from torch import nn
+
+from vgan.augment import Augment
+from vgan.data.source import Source
+from vgan.data.store import Dataset, default_cache_dir, pack
+from vgan.errors import UserError
+from vgan.losses import LOSSES, Loss
+
+
+def locate(target: object, node: str) -> Any:
+    """The class or function that `_target_` names; raises UserError if there is none."""
+    try:
+        return hydra.utils.get_object(str(target))
+    except (ImportError, ValueError, AttributeError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{node}._target_={target}: cannot be imported ({reason}); give the full dotted name") from e
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a YAML value suits a constructor's annotation; what cannot be said in YAML is let through."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
+        items = args[:1] if args else ()
+        return isinstance(value, (list, tuple)) and all(_fits(v, a) for v in value for a in items)
+    if annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (bool, str):
+        return isinstance(value, annotation)
+    return True
+
+
+def _called(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("collections.abc.", "")
+
+
+def construct(config: Mapping[str, Any], node: str, /, **injected: Any) -> Any:
+    """Call config['_target_'] with the node's other keys and the injected sizes.
+
+    Raises UserError for a key that the target does not take, one that it lacks, a value of the wrong type, and for what
+    the target itself refuses; each names `node` and the key.
+    """
+    if "_target_" not in config:
+        raise UserError(f"{node}: has no _target_; name a class, such as vgan.models.generator.Generator")
+    target = locate(config["_target_"], node)
+    arguments = {k: v for k, v in config.items() if not k.startswith("_")}
+    signature = inspect.signature(target)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for name, value in arguments.items():
+        if name not in signature.parameters and not open_ended:
+            known = ", ".join(p for p in signature.parameters if p not in injected)
+            raise UserError(f"{node}.{name}={value}: {config['_target_']} has no such argument; it takes {known}")
+        if name in hints and not _fits(value, hints[name]):
+            raise UserError(f"{node}.{name}={value}: must be {_called(hints[name])}")
+    missing = [
+        p.name
+        for p in signature.parameters.values()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in arguments and p.name not in injected
+    ]
+    if missing:
+        raise UserError(f"{node}.{missing[0]}: is missing; {config['_target_']} needs it")
+    try:
+        return hydra.utils.instantiate({"_target_": config["_target_"]}, **arguments, **injected, _convert_="all")
+    except hydra.errors.InstantiationException as e:
+        if isinstance(e.__cause__, UserError):
+            raise e.__cause__ from None
+        if isinstance(e.__cause__, ValueError):
+            raise UserError(f"{node}.{e.__cause__}") from e
+        raise
+
+
+def build_dataset(data: Mapping[str, Any]) -> Dataset:
+    """The packed data set of a `data` node; packs it into the cache on first use."""
+    settings = {k: v for k, v in data.items() if k not in ("name", "cache_dir")}
+    source = construct(settings, "data")
+    if not isinstance(source, Source):
+        raise UserError(f"data._target_={data['_target_']}: must be a vgan.data.source.Source")
+    cache = data.get("cache_dir")
+    return pack(source, Path(cache).expanduser() if cache else default_cache_dir())
+
+
+def build_networks(model: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> tuple[nn.Module, nn.Module]:
+    """Generator and discriminator for data of `sizes` (img_resolution, img_channels, label_dim), on the CPU.
+
+    The first weights follow from the seed; the global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        G = construct(model["generator"], "model.generator", **sizes)
+        D = construct(model["discriminator"], "model.discriminator", **sizes)
+    return G.to(memory_format=torch.channels_last), D.to(memory_format=torch.channels_last)
+
+
+def build_generator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
+    """The generator that a checkpoint describes. Only vgan's own classes: a checkpoint must not choose code to run."""
+    target = str(model["generator"].get("_target_"))
+    if not target.startswith("vgan.models."):
+        raise UserError(f"model.generator._target_={target}: a checkpoint may name vgan's own networks only; build yours by hand")
+    return construct(model["generator"], "model.generator", **sizes)
+
+
+def build_optimizer(node: Mapping[str, Any], network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """An optimizer over the network's parameters; lr and betas change during the run where it knows them."""
+    target = locate(node["_target_"], "optim.optimizer")
+    known = inspect.signature(target).parameters
+    moving = {"lr": lr, "betas": betas}
+    return construct(node, "optim.optimizer", params=list(network.parameters()), **{k: v for k, v in moving.items() if k in known})
+
+
+def build_loss(name: str) -> tuple[Loss, Loss]:
+    """The pair (d_loss, g_loss)."""
+    if name not in LOSSES:
+        raise UserError(f"loss.name={name}: unknown; use one of {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def build_augment(transforms: Sequence[str]) -> Augment:
+    try:
+        return Augment(transforms)
+    except ValueError as e:
+        raise UserError(f"augment.{e}") from e

@@ -1,0 +1,168 @@
+"""The schema of the command line: every key with its type, unit and meaning. Values live in configs/*.yaml.
+
+Hydra merges the YAML into these dataclasses, so that a wrong key or type is refused at the prompt; `validate` checks
+what types cannot say. The text behind each key is what `--help` prints.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from vgan.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel the YAML files travel inside the package; in a checkout they are the top-level folder.
+CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+
+
+def key(text: str, default: Any = MISSING) -> Any:
+    """A dataclass field whose `text` explains it in --help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Ramp:
+    """A quantity that runs from start to end along half a cosine over schedule_kimg."""
+
+    start: float = MISSING
+    end: float = MISSING
+
+
+@dataclass
+class SizeConfig:
+    name: str = MISSING
+    z_dim: int = MISSING
+    embed_dim: int = MISSING
+    g_widths: list[int] = MISSING
+    d_widths: list[int] = MISSING
+    blocks: int = MISSING
+    expansion: int = MISSING
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    generator: dict[str, Any] = MISSING
+    discriminator: dict[str, Any] = MISSING
+
+
+@dataclass
+class LossConfig:
+    name: str = MISSING
+    gamma: Ramp = field(default_factory=Ramp)
+    penalty_every: int = MISSING
+
+
+@dataclass
+class AugmentConfig:
+    name: str = MISSING
+    transforms: list[str] = MISSING
+    p: Ramp = field(default_factory=Ramp)
+
+
+@dataclass
+class OptimConfig:
+    optimizer: dict[str, Any] = MISSING
+    lr_G: Ramp = field(default_factory=Ramp)
+    lr_D: Ramp = field(default_factory=Ramp)
+    beta1: float = MISSING
+    beta2: Ramp = field(default_factory=Ramp)
+
+
+@dataclass
+class EmaConfig:
+    halflife_kimg: float = MISSING
+    ramp: float = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """Everything that vgan-train reads."""
+
+    run_dir: str = key("folder of the run: config, statistics, grids, checkpoints; the same folder resumes")
+    seed: int = key("every random number of the run follows from it")
+    device: str = key("auto, cpu, cuda, cuda:1, mps; auto takes the first accelerator there is")
+    precision: str = key("auto, fp32, tf32, bf16 or fp16; auto takes bf16 where the hardware multiplies it fast")
+    compile: str = key("auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton")
+    threads: int = key("CPU threads for torch; 0 leaves torch's own choice")
+    total_kimg: float = key("length of the run in thousands of real images shown")
+    batch_size: int = key("images a step")
+    schedule_kimg: float = key("the quantities with a start and an end reach their end here, in thousands of images")
+    tick_kimg: float = key("statistics are written every so many thousand images")
+    snapshot_kimg: float = key("a grid of fakes is written every so many thousand images")
+    checkpoint_kimg: float = key("a checkpoint is written every so many thousand images")
+    keep_checkpoints: int = key("the newest so many checkpoints stay on disk")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+
+
+@dataclass
+class SampleConfig:
+    """Everything that vgan-sample reads."""
+
+    ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
+    n: int = key("how many pictures")
+    seed: int = key("the pictures follow from it")
+    label: str = key("class by number or name; null takes all classes in turn")
+    truncation: float = key("1 is the model as trained; towards 0 pictures get cleaner and less varied")
+    out: str = key("a .png file for one grid, or a folder for single files")
+    batch_size: int = key("pictures a pass")
+    device: str = key("auto, cpu, cuda, cuda:1, mps")
+
+
+def help_lines(schema: type) -> list[str]:
+    """'key  explanation' for every explained key of a schema."""
+    explained = [f for f in fields(schema) if "help" in f.metadata]
+    width = max(len(f.name) for f in explained)
+    return [f"  {f.name:<{width}}  {f.metadata['help']}" for f in explained]
+
+
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raise the one-line error of a bad value unless `ok`."""
+    if not ok:
+        raise UserError(f"{name}={value}: {rule}")
+
+
+def validate(cfg: Any) -> None:
+    """What the types of a TrainConfig cannot say; raises UserError naming key, value and rule."""
+    for name in ("total_kimg", "batch_size", "tick_kimg", "snapshot_kimg", "checkpoint_kimg", "keep_checkpoints", "schedule_kimg"):
+        require(cfg[name] > 0, name, cfg[name], "must be above 0")
+    for name in ("seed", "threads"):
+        require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")
+    require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
+    require(str(cfg.compile).lower() in ("auto", "true", "false"), "compile", cfg.compile, "must be auto, true or false")
+    require(cfg.size.z_dim > 0, "size.z_dim", cfg.size.z_dim, "must be above 0")
+    require(cfg.size.blocks > 0, "size.blocks", cfg.size.blocks, "must be above 0")
+    for name in ("g_widths", "d_widths"):
+        widths = list(cfg.size[name])
+        require(all(w > 0 and w % 8 == 0 for w in widths), f"size.{name}", widths, "every width must be a positive multiple of 8")
+    require(cfg.loss.penalty_every > 0, "loss.penalty_every", cfg.loss.penalty_every, "must be above 0")
+    require(0 <= cfg.optim.beta1 < 1, "optim.beta1", cfg.optim.beta1, "must be in [0, 1)")
+    require(cfg.ema.halflife_kimg >= 0, "ema.halflife_kimg", cfg.ema.halflife_kimg, "must be 0 or above")
+    bounds = {
+        "loss.gamma": (cfg.loss.gamma, 0, float("inf")),
+        "augment.p": (cfg.augment.p, 0, 1),
+        "optim.lr_G": (cfg.optim.lr_G, 0, float("inf")),
+        "optim.lr_D": (cfg.optim.lr_D, 0, float("inf")),
+        "optim.beta2": (cfg.optim.beta2, 0, 1 - 1e-9),
+    }
+    for name, (ramp, low, high) in bounds.items():
+        for end in ("start", "end"):
+            require(low <= ramp[end] <= high, f"{name}.{end}", ramp[end], f"must be from {low} to {high:g}")
+
+
+def validate_sample(cfg: Any) -> None:
+    """What the types of a SampleConfig cannot say; raises UserError naming key, value and rule."""
+    require(cfg.n > 0, "n", cfg.n, "must be above 0")
+    require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "must be above 0")
+    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
+    require(0 <= cfg.truncation <= 1, "truncation", cfg.truncation, "must be from 0 to 1")

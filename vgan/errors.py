@@ -1,0 +1,8 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line that names the key, its value, the rule and the fix.
+
+    The console scripts print it without a traceback and leave with exit code 1.
+    """

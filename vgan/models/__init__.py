@@ -1,0 +1,1 @@
+"""Generators, the discriminator and the layers they are made of. Constructors take plain arguments."""

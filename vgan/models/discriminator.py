@@ -1,0 +1,117 @@
+"""A fully convolutional discriminator that judges patches, with its directional derivative written out."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vgan.models.layers import BiasLeakyReLU, ResidualBlock, check_resolution, downsample2x, init_conv
+
+
+class Discriminator(nn.Module):
+    """PatchGAN: picture (N, C, H, W) in [-1, 1] and one-hot c (N, label_dim) -> a grid of logits (N, 1, h, w).
+
+    Stages of residual blocks with antialiased downsampling from img_resolution towards 4 px, mirrored to the
+    generator: widths are the channels at 4, 8, 16, ... px. Each logit sees a patch of `receptive_field_px`; where
+    `patch_px` bounds it, 3x3 convolutions that would see further become 1x1 and downsampling stops, so that small patches give a
+    finer grid. `logits_px` = 1 joins the 4x4 grid into one logit for the whole picture.
+
+    Fully convolutional: other sizes than img_resolution are judged too, with a larger or smaller grid.
+
+    Sources: patches Isola et al. 2017 (pix2pix); projection conditioning, here for every patch, Miyato & Koyama 2018.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        widths: Sequence[int],
+        img_channels: int = 3,
+        label_dim: int = 0,
+        blocks: int = 1,
+        expansion: int = 2,
+        conv: str = "separable",
+        patch_px: int | None = None,
+        logits_px: int = 4,
+        embed_dim: int = 64,
+    ) -> None:
+        super().__init__()
+        stages = check_resolution(img_resolution, img_channels, widths)
+        if patch_px is not None and not 16 <= patch_px <= img_resolution:
+            raise ValueError(f"patch_px={patch_px}: must be from 16 to the image's {img_resolution}, or null for the whole image")
+        if logits_px not in (1, 4) or (logits_px == 1 and patch_px is not None):
+            raise ValueError(f"logits_px={logits_px}: must be 4, or 1 with patch_px=null")
+        self.label_dim = label_dim
+        limit = patch_px or math.inf
+        field, jump = 3, 1  # of one feature in image pixels: what it sees, and the distance to the next
+
+        def grow(pixels: int) -> bool:  # may the next filter reach `pixels` features further?
+            nonlocal field
+            fits = field + pixels * jump <= limit
+            field += pixels * jump * fits
+            return fits
+
+        self.from_rgb = init_conv(nn.Conv2d(img_channels, widths[stages - 1], 3, padding=1, bias=False), gain=1)
+        self.stages, self.transitions, self.shrinks = nn.ModuleList(), nn.ModuleList(), []
+        for i in reversed(range(stages)):
+            layers = []
+            for _ in range(blocks):
+                kinds = [conv if grow(2) else "pointwise" for _ in range(2)]
+                layers.append(ResidualBlock(widths[i], kinds[0], expansion, stages * blocks, second_conv=kinds[1]))
+            self.stages.append(nn.ModuleList(layers))
+            if i:
+                self.shrinks.append(grow(1))
+                jump *= 2 if self.shrinks[-1] else 1
+                self.transitions.append(init_conv(nn.Conv2d(widths[i], widths[i - 1], 1, bias=False), gain=1))
+        width = widths[0]
+        self.act = BiasLeakyReLU(width)
+        self.pool = init_conv(nn.Conv2d(width, width, 4, groups=width, bias=False), gain=1) if logits_px == 1 else None
+        field += 3 * jump * (logits_px == 1)
+        self.receptive_field_px = field
+        self.to_logit = init_conv(nn.Conv2d(width, 1, 1), gain=1)
+        # <embed(c), W h_p> / sqrt(embed_dim): small at first, so that the unconditional part leads
+        self.to_embed = init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1) if label_dim else None
+        self.embed = nn.Linear(label_dim, embed_dim, bias=False) if label_dim else None
+        if self.embed is not None:
+            nn.init.normal_(self.embed.weight, std=1 / math.sqrt(embed_dim))
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        return self._run(x, c, pairs=False)
+
+    def jvp(self, x: Tensor, c: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, 1, h, w) at x and, for each of them, its derivative in the direction v (shape of x).
+
+        Forward-mode differentiation by hand: values and tangents travel stacked along the batch, so every convolution
+        is one call on 2 N maps and only the activations treat the halves apart. Equal to torch.func.jvp, which also
+        convolves with the (zero) tangents of the weights, and differentiable once more by ordinary backward.
+        """
+        logits = self._run(torch.cat([x, v]), c, pairs=True)
+        value, tangent = logits.chunk(2)
+        return value, tangent
+
+    def _run(self, x: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
+        x = self.from_rgb(x.contiguous(memory_format=torch.channels_last))
+        for i, stage in enumerate(self.stages):
+            for block in stage:  # type: ignore[attr-defined]
+                x = block(x, pairs)
+            if i < len(self.transitions):
+                x = self.transitions[i](downsample2x(x) if self.shrinks[i] else x)
+        x = self.act(x, pairs)
+        if self.pool is not None:
+            x = self.pool(x)
+        return self._logits(x, c, pairs)
+
+    def _logits(self, h: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
+        """Features (N or 2 N, width, h, w) -> logits; the bias belongs to values, not to tangents."""
+        assert self.to_logit.bias is not None
+        bias = self.to_logit.bias.float()
+        logits = nn.functional.conv2d(h, self.to_logit.weight.to(h.dtype)).float()
+        if self.embed is not None and self.to_embed is not None:
+            if c is None:
+                raise ValueError(f"c=None: this discriminator knows {self.label_dim} classes; give one-hot c (N, {self.label_dim})")
+            e = self.embed(c.repeat(2, 1) if pairs else c).float()
+            logits = logits + (self.to_embed(h).float() * e[:, :, None, None]).sum(1, keepdim=True)
+        if not pairs:
+            return logits + bias
+        value, tangent = logits.chunk(2)
+        return torch.cat([value + bias, tangent])

@@ -1,0 +1,210 @@
+"""The building blocks: convolutions, activations, resampling, attention. Feature maps are (N, C, H, W).
+
+The networks carry no normalisation. Convolutions have no bias; biases live in `BiasLeakyReLU`, so that everything
+between two activations is linear. The discriminator relies on that: its directional derivative needs one extra rule,
+for the activation, and none for the convolutions (see `Discriminator.jvp`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAK = 0.2  # slope of every leaky ReLU below zero
+_GAIN = math.sqrt(2 / (1 + LEAK**2))  # keeps the variance through a leaky ReLU (He et al. 2015)
+
+
+def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
+    """Weights ~ N(0, (gain^2 / fan_in)), bias 0; returns `conv`."""
+    fan_in = conv.weight[0].numel()
+    nn.init.normal_(conv.weight, std=gain / math.sqrt(fan_in))
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def check_resolution(img_resolution: int, img_channels: int, widths: Sequence[int]) -> int:
+    """The number of stages from 4 px to img_resolution; raises ValueError where the sizes do not fit together."""
+    if img_resolution not in (16, 32, 64, 128, 256):
+        raise ValueError(f"img_resolution={img_resolution}: must be a power of two from 16 to 256")
+    if img_channels not in (1, 3):
+        raise ValueError(f"img_channels={img_channels}: must be 1 (grey) or 3 (RGB)")
+    stages = int(math.log2(img_resolution)) - 1
+    if len(widths) < stages:
+        raise ValueError(f"widths={list(widths)}: {img_resolution} px needs {stages} widths, from 4 px up; add {stages - len(widths)}")
+    return stages
+
+
+class SeparableConv2d(nn.Module):
+    """A depthwise-separable convolution: one k x k filter for every channel, then a 1x1 mixing of the channels.
+
+        y[o] = sum_i W[o, i] (K[i] * x[i])  (+ b[o])
+
+    (N, in_channels, H, W) -> (N, out_channels, H', W') with H' = (H + 2 padding - kernel_size) // stride + 1.
+
+    Cost for each output pixel: in_channels (k^2 + out_channels) multiply-adds and as many weights, against
+    in_channels out_channels k^2 for the dense convolution: about k^2 = 9 times less at equal width. It is quick in
+    channels-last memory only: measured on two CPU cores, 128 channels at 8 px, the depthwise half takes 65 times longer
+    in NCHW.
+
+    Source: Sifre 2014; Chollet 2017, "Xception: deep learning with depthwise separable convolutions".
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.depthwise = init_conv(
+            nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels, bias=False), gain=1
+        )
+        self.pointwise = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    """The one switch between `model=conv` and `model=sep`: kind is 'dense', 'separable' or 'pointwise' (1x1)."""
+    if kind == "separable":
+        return SeparableConv2d(in_channels, out_channels, bias=False)
+    if kind == "dense":
+        return init_conv(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
+    if kind == "pointwise":
+        return init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False))
+    raise ValueError(f"conv={kind}: unknown; use dense, separable or pointwise")
+
+
+class BiasLeakyReLU(nn.Module):
+    """leaky_relu(x + bias), a bias for every channel. Shape kept.
+
+    With `pairs` the batch holds values in its first half and tangents in its second: a tangent is multiplied by the
+    slope that its value meets.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, pairs: bool = False) -> Tensor:
+        bias = self.bias.to(x.dtype)[:, None, None]
+        if not pairs:
+            return F.leaky_relu(x + bias, LEAK)
+        # One multiplication by a constant is all that autograd sees, so the backward is one multiplication as well.
+        with torch.no_grad():
+            slope = torch.where(x[: len(x) // 2] + bias > 0, 1.0, LEAK).to(x.dtype)
+            slope = torch.cat([slope, slope])
+            is_value = torch.ones(len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+            is_value[len(x) // 2 :] = 0
+        return torch.addcmul(x, is_value, bias) * slope
+
+
+class ResidualBlock(nn.Module):
+    """x + conv_b(act(conv_a(act(x)))): two 3x3 convolutions, `expansion` times wider between them. Shape kept.
+
+    The last convolution starts at zero, the other is scaled down with the number of residual blocks, which replaces
+    normalisation (Zhang et al. 2019, "Fixup initialization").
+    """
+
+    def __init__(self, channels: int, conv: str, expansion: int, num_blocks: int, second_conv: str | None = None) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        self.act_a = BiasLeakyReLU(channels)
+        self.conv_a = conv3x3(conv, channels, hidden)
+        self.act_b = BiasLeakyReLU(hidden)
+        self.conv_b = conv3x3(second_conv or conv, hidden, channels)
+        with torch.no_grad():
+            last_layer(self.conv_a).weight.mul_(num_blocks**-0.5)
+            last_layer(self.conv_b).weight.zero_()
+
+    def forward(self, x: Tensor, pairs: bool = False) -> Tensor:
+        h = self.conv_a(self.act_a(x, pairs))
+        return x + self.conv_b(self.act_b(h, pairs))
+
+
+def last_layer(conv: nn.Module) -> nn.Conv2d:
+    """The convolution that decides the scale of a dense or separable convolution's output."""
+    layer = conv.pointwise if isinstance(conv, SeparableConv2d) else conv
+    assert isinstance(layer, nn.Conv2d)
+    return layer
+
+
+def upsample2x(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 2H, 2W) by the antialiasing filter [1, 3, 3, 1] (bilinear)."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def downsample2x(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, H/2, W/2) by averaging 2x2 pixels.
+
+    The wider [1, 3, 3, 1] filter as a strided depthwise convolution was measured too: its backward alone took 60 % of a
+    discriminator step on two CPU cores in bf16.
+    """
+    return F.avg_pool2d(x, 2)
+
+
+class SelfAttention2d(nn.Module):
+    """Every position looks at every other: multi-head softmax attention over the H W positions of a feature map.
+
+        q, k, v = W_q x, W_k x, W_v x;   y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j
+
+    (N, in_channels, H, W) -> (N, out_channels, H, W). q and k are scaled to unit root-mean-square, with a learned
+    gain a head, so that the logits stay bounded in networks without normalisation (Dehghani et al. 2023). torch's
+    fused scaled-dot-product kernels do the rest, so the H W x H W matrix is never stored.
+
+    Cost: 3 C^2 + C out_channels multiply-adds a position for the projections, 2 (H W) C for looking around: negligible
+    at 8 px, as much as the projections at 16 px with C = 128, four times that at 32 px.
+
+    Source: Vaswani et al. 2017; for images Zhang et al. 2018, "Self-attention generative adversarial networks".
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_heads: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads or max(1, in_channels // 64)
+        if in_channels % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads}: must divide in_channels={in_channels}")
+        self.to_qkv = init_conv(nn.Conv2d(in_channels, 3 * in_channels, 1, bias=False), gain=1)
+        self.query_gain = nn.Parameter(torch.ones(self.num_heads, 1, 1))
+        self.to_out = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        qkv = self.to_qkv(x).flatten(2).transpose(1, 2)  # (N, H W, 3 C)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, c // self.num_heads)).permute(2, 0, 3, 1, 4)  # (N, heads, H W, d)
+        q = F.rms_norm(q, q.shape[-1:]) * self.query_gain.to(q.dtype)
+        k = F.rms_norm(k, k.shape[-1:])
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
+        y = y.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)  # channels-last, as it came in
+        return self.to_out(y)
+
+
+class AdaptiveAttention2d(nn.Module):
+    """The input modulated by its own attention, through a learned gate that starts closed.
+
+        y = P x * (1 + tanh(W_g x) * A(x))
+
+    A is `SelfAttention2d`; P the identity, or a 1x1 convolution where the widths differ. The gate tanh(W_g x), one value a
+    position and head of channels, starts at exactly 0, so that the layer begins as P and the network decides
+    where attention acts and with which sign. (N, in_channels, H, W) -> (N, out_channels, H, W).
+
+    Cost: that of `SelfAttention2d` and in_channels heads multiply-adds a position.
+
+    Source: the gate of Zhang et al. 2018 (SAGAN), made a function of the position as in attention gates (Oktay et al.
+    2018), acting multiplicatively as in squeeze and excitation (Hu et al. 2018).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_heads: int | None = None) -> None:
+        super().__init__()
+        self.attention = SelfAttention2d(in_channels, out_channels, num_heads)
+        groups = math.gcd(self.attention.num_heads, out_channels)
+        self.to_gate = nn.Conv2d(in_channels, groups, 1)
+        nn.init.zeros_(self.to_gate.weight)
+        nn.init.zeros_(self.to_gate.bias)  # type: ignore[arg-type]
+        same = in_channels == out_channels
+        self.project = nn.Identity() if same else init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        looked = self.attention(x)
+        gate = self.to_gate(x).tanh().repeat_interleave(looked.shape[1] // self.to_gate.out_channels, dim=1)
+        return self.project(x) * (1 + gate * looked)

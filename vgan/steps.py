@@ -1,0 +1,123 @@
+"""One training step of each network: the algorithm, on one page."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgan.augment import Augment
+from vgan.device import autocast
+from vgan.losses import Loss
+from vgan.penalties import logits_and_penalty
+from vgan.randomness import Streams
+
+Scalars = dict[str, Tensor]
+
+
+@dataclass
+class State:
+    """Everything that a checkpoint carries besides cur_nimg."""
+
+    G: nn.Module
+    D: nn.Module
+    G_ema: nn.Module
+    opt_G: torch.optim.Optimizer
+    opt_D: torch.optim.Optimizer
+    scaler_G: torch.amp.GradScaler  # disabled, and then a no-op, but for fp16
+    scaler_D: torch.amp.GradScaler
+
+    def parts(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
+
+    def load_parts(self, parts: dict[str, Any]) -> None:
+        for name in self.__dataclass_fields__:
+            getattr(self, name).load_state_dict(parts[name])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What stays the same throughout a run."""
+
+    d_loss: Loss
+    g_loss: Loss
+    relativistic: bool  # whether g_loss looks at the reals' logits
+    augment: Augment
+    device: torch.device
+    precision: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The scheduled quantities at one cur_nimg."""
+
+    lr_G: float
+    lr_D: float
+    beta2: float
+    gamma: float
+    augment_p: float
+
+
+def d_step(state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams, penalty_weight: float) -> Scalars:
+    """Train D on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) against fakes of the same classes.
+
+    penalty_weight: 0 leaves R1 and R2 out of this step; k where they are applied every k-th step, so that their mean
+    strength stays the same. The penalties are taken where D looks, after augmentation.
+    """
+    set_hyperparameters(state.opt_D, now.lr_D, now.beta2)
+    with autocast(recipe.device, recipe.precision):
+        with torch.no_grad():
+            fake = state.G(streams.normal("z_d", state.G.z_dim), c).float()  # type: ignore[arg-type]
+        real = recipe.augment(real, now.augment_p, streams, "real")
+        fake = recipe.augment(fake, now.augment_p, streams, "fake_d")
+        images, cc = torch.cat([real, fake]), torch.cat([c, c])
+        if penalty_weight > 0:
+            v = streams.signs("tangent", 2 * real[0].numel())
+            v = torch.cat(v.chunk(2, dim=1)).view_as(images)
+            logits, slopes = logits_and_penalty(state.D, images, cc, v)
+        else:
+            logits, slopes = state.D(images, cc), None
+    logits_real, logits_fake = logits.float().chunk(2)
+    loss = d_loss = recipe.d_loss(logits_real, logits_fake)
+    scalars = {"loss/D": d_loss, "logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
+    if slopes is not None:
+        r1, r2 = (s.mean() for s in slopes.chunk(2))
+        loss = d_loss + penalty_weight * now.gamma / 2 * (r1 + r2)
+        scalars |= {"penalty/r1": r1, "penalty/r2": r2}
+    return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}
+
+
+def g_step(state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams) -> Scalars:
+    """Train G to make fakes of classes c (N, label_dim) that D takes for the reals."""
+    set_hyperparameters(state.opt_G, now.lr_G, now.beta2)
+    state.D.requires_grad_(False)
+    with autocast(recipe.device, recipe.precision):
+        fake = state.G(streams.normal("z_g", state.G.z_dim), c).float()  # type: ignore[arg-type]
+        logits_fake = state.D(recipe.augment(fake, now.augment_p, streams, "fake_g"), c).float()
+        logits_real = logits_fake.detach()
+        if recipe.relativistic:
+            with torch.no_grad():
+                logits_real = state.D(recipe.augment(real, now.augment_p, streams, "real"), c).float()
+    loss = recipe.g_loss(logits_real, logits_fake)
+    norm = _descend(state.G, state.opt_G, state.scaler_G, loss)
+    state.D.requires_grad_(True)
+    return {"loss/G": loss, "grad_norm/G": norm}
+
+
+def _descend(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
+    """Backward and one optimizer step; returns the gradient's norm."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    scaler.step(optimizer)
+    scaler.update()
+    return norm
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: float) -> None:
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (group["betas"][0], beta2)

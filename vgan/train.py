@@ -1,0 +1,293 @@
+"""vgan-train's room: set up, resume, loop."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from vgan import build, checkpoint
+from vgan.config import validate
+from vgan.data.feed import Feed
+from vgan.data.store import Dataset
+from vgan.device import autocast, pick_compile, pick_device, pick_precision, prepare_process
+from vgan.distributed import print0
+from vgan.ema import ema_copy, update_ema
+from vgan.errors import UserError
+from vgan.images import enlarge, grid, to_uint8, write_atomically, write_png, zoom_for
+from vgan.losses import RELATIVISTIC
+from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.randomness import Streams
+from vgan.schedules import cosine, ema_decay
+from vgan.stats import Journal, Stats
+from vgan.steps import Moment, Recipe, State, d_step, g_step
+
+GRID_PICTURES = 64
+# Settings that say where, how long and how often, not what is learned: they change on resume without a word.
+_FREE = (
+    "run_dir", "device", "precision", "compile", "threads", "total_kimg", "tick_kimg", "snapshot_kimg",
+    "checkpoint_kimg", "keep_checkpoints", "schedule_kimg", "data",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works on."""
+
+    config: dict[str, Any]  # the resolved TrainConfig
+    run_dir: Path
+    dataset: Dataset
+    state: State
+    recipe: Recipe
+    moment_at: Callable[[int], Moment]  # cur_nimg -> the scheduled quantities
+    identity: dict[str, Any]  # goes into every checkpoint: config, sizes, data
+
+
+def train(cfg: DictConfig) -> Path:
+    """Train as `cfg` (a TrainConfig) says, from the newest checkpoint of its run_dir if there is one.
+
+    Returns the run folder. Raises UserError, before anything is written, for what cannot work.
+    """
+    validate(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    device = pick_device(config["device"])
+    precision = pick_precision(config["precision"], device)
+    prepare_process(device, precision, config["threads"])
+    run = set_up(config, device, precision)
+    cur_nimg = resume(run)
+    if cur_nimg >= _total_nimg(config):
+        longer = f"To train longer: total_kimg={2 * config['total_kimg']:g}"
+        print0(f"{run.run_dir} is complete: {cur_nimg:,} images. {longer}\n{_next_commands(run.run_dir)}")
+        return run.run_dir
+    print0(_summary(run, cur_nimg))
+    if pick_compile(config["compile"], device):
+        compile_networks(run.state)
+    _start_folder(run.run_dir, config)
+    with StopRequest() as stop:
+        loop(run, cur_nimg, stop)
+    return run.run_dir
+
+
+def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
+    """Data, networks, optimizers, losses and schedules: everything that can be wrong, before the first step."""
+    optim, loss, augment = config["optim"], config["loss"], config["augment"]
+    d_loss, g_loss = build.build_loss(loss["name"])
+    transforms = build.build_augment(augment["transforms"])
+    recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision)
+    ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {k: optim[k] for k in ("lr_G", "lr_D", "beta2")}
+    schedules = {name: cosine(ramp["start"], ramp["end"], config["schedule_kimg"]) for name, ramp in ramps.items()}
+
+    def moment_at(cur_nimg: int) -> Moment:
+        return Moment(**{name: schedule(cur_nimg) for name, schedule in schedules.items()})
+
+    dataset = build.build_dataset(config["data"])
+    sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
+    G, D = (network.to(device) for network in build.build_networks(config["model"], sizes, config["seed"]))
+    betas = (optim["beta1"], optim["beta2"]["start"])
+    opt_G = build.build_optimizer(optim["optimizer"], G, optim["lr_G"]["start"], betas)
+    opt_D = build.build_optimizer(optim["optimizer"], D, optim["lr_D"]["start"], betas)
+    scaler_G, scaler_D = (torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2))
+    state = State(G, D, ema_copy(G), opt_G, opt_D, scaler_G, scaler_D)
+    data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
+    identity = {"config": config, "sizes": sizes, "data": data}
+    return Run(config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity)
+
+
+def resume(run: Run) -> int:
+    """Load the newest checkpoint of the run folder, if there is one, and return its cur_nimg (else 0).
+
+    Raises UserError where the checkpoint is of another model or of other data; other changes are printed.
+    """
+    found = checkpoint.all_checkpoints(run.run_dir) if run.run_dir.is_dir() else []
+    if not found:
+        return 0
+    parts = checkpoint.load(found[-1])
+    before, now = _flat(parts["config"]), _flat(run.config)
+    changed = [k for k in now.keys() | before.keys() if before.get(k) != now.get(k) and k.split(".")[0] not in _FREE]
+    other = [k for k in sorted(changed) if k.startswith("model.") and k != "model.name"]
+    if other:
+        k = other[0]
+        raise UserError(f"run_dir={run.run_dir}: holds another model ({k} was {before.get(k)}, is now {now.get(k)}); use another run_dir")
+    if parts["data"]["digest"] != run.dataset.digest:
+        raise UserError(f"run_dir={run.run_dir}: was trained on other data ({parts['data']['name']}); use another run_dir")
+    for k in sorted(changed):
+        print0(f"changed since the checkpoint: {k} was {before.get(k)}, is now {now.get(k)}")
+    run.state.load_parts(parts)
+    return int(parts["cur_nimg"])
+
+
+def loop(run: Run, cur_nimg: int, stop: "StopRequest") -> None:
+    """The training loop. Time is counted in images; intervals need not divide by the batch size."""
+    config, state, recipe = run.config, run.state, run.recipe
+    batch_size, total_nimg, ema = config["batch_size"], _total_nimg(config), config["ema"]
+    penalty_every = config["loss"]["penalty_every"]
+    feed = Feed(run.dataset, batch_size, config["seed"], recipe.device)
+    stats, journal, watch = Stats(), Journal(run.run_dir, cur_nimg), Watch(cur_nimg)
+    z, c = _grid_inputs(run, feed)
+    if cur_nimg == 0:
+        journal.image(0, "reals", _save_grid(run.run_dir / "reals.png", feed.reals(GRID_PICTURES)[0]))
+    bar = tqdm(total=total_nimg, initial=cur_nimg, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+    try:
+        while cur_nimg < total_nimg and not stop.requested:
+            streams = Streams(config["seed"], cur_nimg, batch_size, recipe.device)
+            now = run.moment_at(cur_nimg)
+            penalize = (cur_nimg // batch_size) % penalty_every == 0
+            real, label = feed.batch(cur_nimg)
+            stats.add(d_step(state, recipe, now, real, label, streams, penalty_every if penalize else 0))
+            stats.add(g_step(state, recipe, now, real, label, streams))
+            before, cur_nimg = cur_nimg, cur_nimg + batch_size
+            update_ema(state.G_ema, state.G, ema_decay(ema["halflife_kimg"], ema["ramp"], cur_nimg, batch_size))
+            bar.update(batch_size)
+
+            last = cur_nimg >= total_nimg or stop.requested
+            if last or due(config["tick_kimg"], before, cur_nimg):
+                means = stats.means()
+                journal.write(cur_nimg, means | asdict(now) | watch.lap(cur_nimg, recipe.device))
+                bar.set_postfix_str(" ".join(f"{k} {means[f'loss/{k}']:.3f}" for k in "DG"))
+            if last or due(config["snapshot_kimg"], before, cur_nimg):
+                fakes = _save_grid(run.run_dir / f"fakes-{cur_nimg:09d}.png", _draw(run, z, c))
+                journal.image(cur_nimg, "fakes", fakes)
+            if last or due(config["checkpoint_kimg"], before, cur_nimg):
+                parts = {**run.identity, **state.parts(), "cur_nimg": cur_nimg}
+                checkpoint.save(checkpoint.path_at(run.run_dir, cur_nimg), parts, config["keep_checkpoints"])
+    finally:
+        bar.close()
+        journal.close()
+    if cur_nimg < total_nimg:
+        raise Stopped(f"stopped at {cur_nimg:,} images and saved; the same command goes on")
+    print0(f"Done: {cur_nimg:,} images.\n{_next_commands(run.run_dir)}")
+
+
+def due(every_kimg: float, before: int, now: int) -> bool:
+    """Whether a multiple of every_kimg was passed between two image counts."""
+    every_nimg = max(1, round(every_kimg * 1000))
+    return before // every_nimg < now // every_nimg
+
+
+def compile_networks(state: State) -> None:
+    """Compile the forward passes in place; names and values of the weights stay as they are."""
+    state.G.compile()
+    state.D.compile()
+    if hasattr(state.D, "jvp"):
+        state.D.jvp = torch.compile(state.D.jvp)
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop and has saved; exit code 130, as for any program that Ctrl-C ended."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(130)
+        self.text = text
+
+
+class StopRequest:
+    """While active, the first Ctrl-C (or SIGTERM) asks for a stop after the step; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, self._before[number])
+
+
+class Watch:
+    """Images a second, hours and memory at each tick."""
+
+    def __init__(self, cur_nimg: int) -> None:
+        self._start = self._then = time.perf_counter()
+        self._nimg = cur_nimg
+
+    def lap(self, cur_nimg: int, device: torch.device) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = (cur_nimg - self._nimg) / max(now - self._then, 1e-9)
+        self._then, self._nimg = now, cur_nimg
+        values = {"speed/img_per_s": rate, "speed/session_s": now - self._start}
+        if device.type == "cuda":
+            values["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        return values
+
+
+def _total_nimg(config: dict[str, Any]) -> int:
+    return round(config["total_kimg"] * 1000)
+
+
+def _flat(node: Any, name: str = "") -> dict[str, Any]:
+    """{'a.b': value} of nested dicts."""
+    if not isinstance(node, dict):
+        return {name: node}
+    return {k: v for key, child in node.items() for k, v in _flat(child, f"{name}.{key}" if name else str(key)).items()}
+
+
+def _grid_inputs(run: Run, feed: Feed) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fixed z of the fakes grid, with the classes of the reals grid, so that the two compare place by place."""
+    device, G = run.recipe.device, run.state.G
+    labels = feed.reals(GRID_PICTURES)[1]
+    c = torch.zeros(len(labels), run.dataset.label_dim)
+    if run.dataset.label_dim:
+        c[torch.arange(len(labels)), torch.as_tensor(labels)] = 1
+    z = Streams(run.config["seed"], 0, len(labels)).normal("grid", G.z_dim)  # type: ignore[arg-type]
+    return z.to(device), c.to(device)
+
+
+@torch.no_grad()
+def _draw(run: Run, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    with autocast(run.recipe.device, run.recipe.precision):
+        return torch.cat([to_uint8(run.state.G_ema(zz, cc)) for zz, cc in zip(z.split(16), c.split(16))])
+
+
+def _save_grid(path: Path, images: torch.Tensor) -> np.ndarray:
+    sheet = enlarge(grid(images), zoom_for(images.shape[-1]))
+    write_png(path, sheet)
+    return sheet
+
+
+def _start_folder(run_dir: Path, config: dict[str, Any]) -> None:
+    """Make the folder and write config.yaml, unless it says the same already."""
+    text = OmegaConf.to_yaml(OmegaConf.create(config)).encode()
+    path = run_dir / "config.yaml"
+    if not path.is_file() or path.read_bytes() != text:
+        write_atomically(path, text)
+
+
+def _summary(run: Run, cur_nimg: int) -> str:
+    """What is about to happen, in a few lines."""
+    config, G, D, data = run.config, run.state.G, run.state.D, run.dataset
+    device = run.recipe.device
+    c = torch.zeros(1, data.label_dim, device=device)
+    g_cost = count_multiply_adds(G, torch.zeros(1, G.z_dim, device=device), c)  # type: ignore[call-overload]
+    x = torch.zeros(1, data.img_channels, data.img_resolution, data.img_resolution, device=device)
+    d_cost = count_multiply_adds(D, x, c)
+    classes = f", {data.label_dim} classes" if data.label_dim else ""
+    field = getattr(D, "receptive_field_px", None)
+    patch = f", each logit sees {min(field, data.img_resolution)} of {data.img_resolution} px" if field else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
+    lines = [
+        ("data", f"{data.name}: {len(data):,} images of {data.img_resolution} px, {data.img_channels} channels{classes}"),
+        ("G", f"{count_parameters(G):,} parameters, {g_cost / 1e6:,.1f} M multiply-adds an image"),
+        ("D", f"{count_parameters(D):,} parameters, {d_cost / 1e6:,.1f} M multiply-adds an image{patch}"),
+        ("device", f"{name}, {run.recipe.precision}"),
+        ("run", f"{run.run_dir}, {config['total_kimg']:g} kimg" + (f", from {cur_nimg:,} images on" if cur_nimg else "")),
+    ]
+    return "\n".join(f"{name:<7} {text}" for name, text in lines)
+
+
+def _next_commands(run_dir: Path) -> str:
+    return f"Next:  vgan-sample ckpt={run_dir} out=grid.png\n       tensorboard --logdir {run_dir}"
