@@ -77,6 +77,10 @@ def load(path: Path) -> dict[str, Any]:
     """The parts of a checkpoint, on the CPU. Nothing in the file is run. Raises UserError where it is damaged or foreign."""
     fix = "delete or move it, and the same command goes on from the checkpoint before it"
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch writes the sums but does not look at them
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
         parts = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: not a readable checkpoint (damaged, or not vgan's); {fix}") from e

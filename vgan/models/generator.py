@@ -20,7 +20,8 @@ from vgan.models.layers import (
 class LatentInput(nn.Module):
     """z (N, z_dim) and one-hot c (N, label_dim) -> features (N, width, 4, 4): a learned 4x4 basis, scaled by a linear map.
 
-    z and the class embedding enter with the same variance in every component, so that neither drowns the other.
+    The class embedding starts at a fifth of z's size. With equal sizes, small generators followed the class alone: on the
+    embedded shapes each class had collapsed to one picture after 20,000 images.
     """
 
     def __init__(self, z_dim: int, label_dim: int, width: int, embed_dim: int) -> None:
@@ -28,7 +29,7 @@ class LatentInput(nn.Module):
         self.label_dim = label_dim
         self.embed = nn.Linear(label_dim, embed_dim, bias=False) if label_dim else None
         if self.embed is not None:
-            nn.init.normal_(self.embed.weight)
+            nn.init.normal_(self.embed.weight, std=0.2)
         features = z_dim + (embed_dim if label_dim else 0)
         self.scale = nn.Linear(features, width)
         nn.init.normal_(self.scale.weight, std=1 / math.sqrt(features))

@@ -1,0 +1,71 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vgan import checkpoint
+from vgan.errors import UserError
+
+PARTS = {name: {"w": torch.arange(3.0)} for name in checkpoint._PARTS - {"format", "cur_nimg"}} | {"cur_nimg": 5}
+
+
+def test_round_trip_and_the_newest_are_kept(tmp_path: Path) -> None:
+    for nimg in (100, 200, 300):
+        checkpoint.save(checkpoint.path_at(tmp_path, nimg), PARTS, keep=2)
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-000000200.pt", "checkpoint-000000300.pt"]
+    assert checkpoint.find(tmp_path).name == "checkpoint-000000300.pt"
+    assert torch.equal(checkpoint.load(checkpoint.find(tmp_path))["G"]["w"], torch.arange(3.0))
+    assert len(list(tmp_path.iterdir())) == 2  # no temporary file is left
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "foreign", "newer"])
+def test_damaged_and_foreign_files_are_named_and_left_alone(tmp_path: Path, damage: str) -> None:
+    path = checkpoint.path_at(tmp_path, 1)
+    checkpoint.save(path, PARTS, keep=1)
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        at = content.index(torch.arange(3.0).numpy().tobytes())
+        path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    elif damage in ("empty", "text"):
+        path.write_bytes(b"" if damage == "empty" else b"hello")
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(1)}, path)
+    else:
+        torch.save({"format": 99, **{k: {} for k in checkpoint._PARTS - {"format"}}}, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=path.name):
+        checkpoint.load(path)
+    assert path.read_bytes() == before
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({**PARTS, "format": 1, "G": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(checkpoint.path_at(tmp_path, 1), PARTS, keep=1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(checkpoint.path_at(tmp_path, 2), PARTS, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000001.pt"]
+
+
+def test_find_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.find(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no checkpoint-\*\.pt"):
+        checkpoint.find(tmp_path)

@@ -1,0 +1,84 @@
+"""What every data set offers to the store, and the stated rules that turn any picture into a square of uint8."""
+
+import re
+from abc import ABC, abstractmethod
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vgan.errors import UserError
+
+RESOLUTIONS = (16, 32, 64, 128, 256)
+
+
+class BadImage(Exception):
+    """A picture that cannot be read; the store counts and names them."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} ({reason})")
+
+
+class Source(ABC):
+    """A data set before it is packed: items that are read one by one, possibly from several threads."""
+
+    name: str  # short, for folder names and messages
+    img_resolution: int  # px
+    img_channels: int  # 1 (grey) or 3 (RGB)
+    label_names: tuple[str, ...] = ()  # empty: no labels
+    skip_bad: bool = False  # leave unreadable items out instead of stopping
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, i: int) -> tuple[np.ndarray, int]:
+        """Item i: uint8 (img_resolution, img_resolution, img_channels) and its label (0 without labels).
+
+        Raises BadImage if it cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hex digest of all that decides the pixels and labels; cheap, without reading the pictures."""
+
+
+def check_image_settings(resolution: int, channels: int = 3) -> None:
+    """Raise UserError unless the networks can be built for such pictures."""
+    if resolution not in RESOLUTIONS:
+        raise UserError(f"data.resolution={resolution}: must be one of {', '.join(map(str, RESOLUTIONS))}")
+    if channels not in (1, 3):
+        raise UserError(f"data.channels={channels}: must be 1 (grey) or 3 (RGB)")
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """For sorting: numbers inside names count as numbers, so that img2 comes before img10."""
+    return [(0, int(t), "") if t.isdigit() else (1, 0, t) for t in re.split(r"(\d+)", text) if t]
+
+
+def to_square_uint8(image: Image.Image, resolution: int, channels: int, crop: int | None = None) -> np.ndarray:
+    """Any picture as uint8 (resolution, resolution, channels), by these rules in this order:
+
+    - turned upright as its EXIF orientation says;
+    - 16-bit and 32-bit grey scaled from the full range of 16 bits to 8 (not clipped);
+    - transparency (RGBA, LA, palette with a transparent colour) laid over white, the colour of paper: most pictures with
+      transparency are made for it, and black would invent outlines;
+    - palette, CMYK and all other modes converted to RGB, or to grey where channels is 1;
+    - the largest centred square cut out (or the centred square of `crop` px where that is given and fits);
+    - resized with Lanczos' filter, which is antialiased in Pillow: sharp without jagged edges.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((array.clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size) if crop is None else min(crop, *image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    if side != resolution:
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, channels)

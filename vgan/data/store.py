@@ -1,0 +1,195 @@
+"""The packed store: whatever the source, one memory-mapped uint8 file with labels and a digest, written once."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vgan.data.source import BadImage, Source
+from vgan.distributed import print0
+from vgan.errors import UserError
+
+_FORMAT = 1
+_ABANDONED_S = 24 * 3600  # a half-packed folder of this age belongs to a process that is gone
+_NAMED = 3  # bad pictures named in a message
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A packed data set, opened without reading it."""
+
+    name: str
+    images: np.ndarray  # memory map, uint8 (N, H, W, C)
+    labels: np.ndarray  # int64 (N,)
+    label_names: tuple[str, ...]  # empty: no labels
+    digest: str  # sha256 of pixels and labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def img_resolution(self) -> int:
+        return int(self.images.shape[1])
+
+    @property
+    def img_channels(self) -> int:
+        return int(self.images.shape[3])
+
+    @property
+    def label_dim(self) -> int:
+        return len(self.label_names)
+
+
+def default_cache_dir() -> Path:
+    """VGAN_CACHE if set, else the platform's usual place for what can be made again."""
+    if chosen := os.environ.get("VGAN_CACHE"):
+        return Path(chosen).expanduser()
+    if platform.system() == "Windows":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "vgan"
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "vgan"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgan"
+
+
+def pack(source: Source, cache_dir: Path) -> Dataset:
+    """The packed form of `source`, made on first use with a progress bar and only opened later.
+
+    Every process packs into a temporary folder of its own and renames it at the end, so that two at once cannot disturb
+    each other (the slower one drops its copy) and a killed one leaves nothing that looks finished. Raises UserError
+    for fewer than two pictures, for unreadable ones unless source.skip_bad, and where the cache cannot be written.
+    """
+    if len(source) < 2:
+        raise UserError(f"data: {source.name} holds {len(source)} picture(s), training needs at least 2; give more pictures")
+    final = cache_dir / f"{source.name}-{source.fingerprint()[:16]}"
+    if not (final / "meta.json").is_file():
+        try:
+            _pack_into(source, final)
+        except OSError as e:
+            fix = "free space" if e.errno == errno.ENOSPC else "set data.cache_dir to a folder that can be written"
+            raise UserError(f"data.cache_dir={cache_dir}: cannot be written ({e.strerror or e}); {fix}") from e
+    return _open(final)
+
+
+def _open(folder: Path) -> Dataset:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    labels = np.load(folder / "labels.npy")
+    if len(images) != meta["count"] or len(labels) != meta["count"]:
+        raise UserError(f"{folder}: damaged cache; delete this folder and it is packed anew")
+    return Dataset(meta["name"], images, labels, tuple(meta["label_names"]), meta["digest"])
+
+
+def _pack_into(source: Source, final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _clean_abandoned(final.parent)
+    size, channels = source.img_resolution, source.img_channels
+    needed, free = len(source) * (size * size * channels + 8), shutil.disk_usage(final.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    work = Path(tempfile.mkdtemp(prefix=".packing-", dir=final.parent))
+    try:
+        digest, labels, bad = hashlib.sha256(), [], []
+        with open(work / "pixels", "wb") as f:
+            for item in _read_all(source):
+                if isinstance(item, BadImage):
+                    bad.append(str(item))
+                    continue
+                pixels, label = item
+                assert pixels.shape == (size, size, channels)
+                assert pixels.dtype == np.uint8
+                content = pixels.tobytes()
+                digest.update(content)
+                f.write(content)
+                labels.append(label)
+        _judge_bad(source, bad, len(labels))
+        _finish(work, source, digest, labels)
+        try:
+            os.rename(work, final)
+        except OSError:
+            if not (final / "meta.json").is_file():  # not because another process was quicker
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[int]) -> None:
+    """Turn the stream of pixels into images.npy, labels.npy and, last, meta.json."""
+    array = np.array(labels, dtype=np.int64)
+    digest.update(array.tobytes())
+    np.save(work / "labels.npy", array)
+    size, channels = source.img_resolution, source.img_channels
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, channels)}
+    with open(work / "images.npy", "wb") as out:
+        np.lib.format.write_array_header_1_0(out, header)
+        with open(work / "pixels", "rb") as pixels:
+            shutil.copyfileobj(pixels, out, 1 << 24)
+        out.flush()
+        os.fsync(out.fileno())
+    os.unlink(work / "pixels")
+    meta = {
+        "format": _FORMAT,
+        "name": source.name,
+        "count": len(labels),
+        "label_names": list(source.label_names),
+        "digest": digest.hexdigest(),
+    }
+    (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _read_all(source: Source) -> Iterator[tuple[np.ndarray, int] | BadImage]:
+    """All items in order, read by several threads (Pillow decodes outside the interpreter's lock), in bounded memory."""
+
+    def read(i: int) -> tuple[np.ndarray, int] | BadImage:
+        try:
+            return source.read(i)
+        except BadImage as bad:
+            return bad
+
+    threads = os.cpu_count() or 1
+    ahead: deque[Future[tuple[np.ndarray, int] | BadImage]] = deque()
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source), desc="packing", unit="img", delay=1) as bar:
+        try:
+            for i in range(len(source) + 16 * threads):
+                if i < len(source):
+                    ahead.append(pool.submit(read, i))
+                if i >= 16 * threads and ahead:
+                    yield ahead.popleft().result()
+                    bar.update()
+            while ahead:
+                yield ahead.popleft().result()
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _judge_bad(source: Source, bad: list[str], good: int) -> None:
+    if not bad:
+        return
+    named = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+    if not source.skip_bad:
+        raise UserError(f"data: {len(bad)} unreadable picture(s): {named}; mend or remove them, or set data.skip_bad=true")
+    if good < 2:
+        raise UserError(f"data: only {good} readable picture(s), training needs at least 2; unreadable: {named}")
+    print0(f"data: left out {len(bad)} unreadable picture(s): {named}")
+
+
+def _clean_abandoned(cache_dir: Path) -> None:
+    """Remove what killed processes left half-packed."""
+    for folder in cache_dir.glob(".packing-*"):
+        with contextlib.suppress(OSError):
+            newest = max((p.stat().st_mtime for p in folder.iterdir()), default=folder.stat().st_mtime)
+            if time.time() - newest > _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
