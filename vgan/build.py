@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from vgan.augment import Augment
-from vgan.data.source import Source
-from vgan.data.store import Dataset, default_cache_dir, pack
+from vgan.data.source import Dataset, Source
+from vgan.data.store import default_cache_dir, pack
 from vgan.errors import UserError
 from vgan.losses import LOSSES, Loss
 
@@ -125,7 +125,9 @@ def build_optimizer(node: Mapping[str, Any], network: nn.Module, lr: float, beta
     target = locate(node["_target_"], "optim.optimizer")
     known = inspect.signature(target).parameters
     moving = {"lr": lr, "betas": betas}
-    return construct(node, "optim.optimizer", params=list(network.parameters()), **{k: v for k, v in moving.items() if k in known})
+    return construct(
+        node, "optim.optimizer", params=list(network.parameters()), **{k: v for k, v in moving.items() if k in known}
+    )
 
 
 def build_loss(name: str) -> tuple[Loss, Loss]:

@@ -86,7 +86,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint (damaged, or not vgan's); {fix}") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); check its permissions") from e
-    if not isinstance(parts, dict) or not _PARTS <= parts.keys():
+    if not isinstance(parts, dict) or not parts.keys() >= _PARTS:
         raise UserError(f"{path}: not a vgan checkpoint (parts are missing); {fix}")
     if parts["format"] != FORMAT:
         raise UserError(f"{path}: has format {parts['format']}, this vgan reads {FORMAT}; use the version that wrote it")

@@ -6,14 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig, help_lines
@@ -134,7 +133,7 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
     if missing:
         return f"{missing[1].rstrip(',')}: must be given, as {missing[1].rstrip(',')}=VALUE"
     for override in argv:
-        name, _, value = override.lstrip("+~").partition("=")
+        name = override.lstrip("+~").partition("=")[0]
         if name in text and ("not in struct" in text or "not in" in text or "No match in the defaults" in text):
             close = difflib.get_close_matches(name, _known_keys(schema), 1, 0.6)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys, --cfg job the nested ones"

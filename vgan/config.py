@@ -41,6 +41,7 @@ class SizeConfig:
     d_widths: list[int] = MISSING
     blocks: int = MISSING
     expansion: int = MISSING
+    pixel_block: int = MISSING
 
 
 @dataclass
@@ -134,7 +135,15 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
 
 def validate(cfg: Any) -> None:
     """What the types of a TrainConfig cannot say; raises UserError naming key, value and rule."""
-    for name in ("total_kimg", "batch_size", "tick_kimg", "snapshot_kimg", "checkpoint_kimg", "keep_checkpoints", "schedule_kimg"):
+    for name in (
+        "total_kimg",
+        "batch_size",
+        "tick_kimg",
+        "snapshot_kimg",
+        "checkpoint_kimg",
+        "keep_checkpoints",
+        "schedule_kimg",
+    ):
         require(cfg[name] > 0, name, cfg[name], "must be above 0")
     for name in ("seed", "threads"):
         require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")

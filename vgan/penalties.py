@@ -20,5 +20,5 @@ def logits_and_penalty(D: nn.Module, images: Tensor, c: Tensor, v: Tensor) -> tu
     if hasattr(D, "jvp"):
         logits, slope = D.jvp(images, c, v)  # type: ignore[operator]
     else:
-        logits, slope = torch.func.jvp(lambda x: D(x, c), (images,), (v,))
+        logits, slope = torch.func.jvp(lambda x: D(x, c), (images,), (v,))[:2]
     return logits, slope.float().square().mean(dim=(1, 2, 3))

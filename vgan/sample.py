@@ -31,9 +31,11 @@ def _restore(parts: dict[str, Any], device: torch.device) -> nn.Module:
     try:
         G.load_state_dict(parts["G_ema"])
     except RuntimeError as e:
-        raise UserError(f"ckpt: its weights do not fit the network it describes ({str(e).splitlines()[0]}); use an intact one") from e
+        raise UserError(
+            f"ckpt: its weights do not fit the network it describes ({str(e).splitlines()[0]}); use an intact one"
+        ) from e
     G.label_names = tuple(parts["data"]["labels"])  # type: ignore[assignment]
-    return G.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return G.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def parse_label(label: str | None, names: tuple[str, ...]) -> int | None:

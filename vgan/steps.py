@@ -58,7 +58,9 @@ class Moment:
     augment_p: float
 
 
-def d_step(state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams, penalty_weight: float) -> Scalars:
+def d_step(
+    state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams, penalty_weight: float
+) -> Scalars:
     """Train D on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) against fakes of the same classes.
 
     penalty_weight: 0 leaves R1 and R2 out of this step; k where they are applied every k-th step, so that their mean

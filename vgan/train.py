@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vgan import build, checkpoint
 from vgan.config import validate
 from vgan.data.feed import Feed
-from vgan.data.store import Dataset
+from vgan.data.source import Dataset
 from vgan.device import autocast, pick_compile, pick_device, pick_precision, prepare_process
 from vgan.distributed import print0
 from vgan.ema import ema_copy, update_ema
@@ -114,7 +114,9 @@ def resume(run: Run) -> int:
     other = [k for k in sorted(changed) if k.startswith("model.") and k != "model.name"]
     if other:
         k = other[0]
-        raise UserError(f"run_dir={run.run_dir}: holds another model ({k} was {before.get(k)}, is now {now.get(k)}); use another run_dir")
+        raise UserError(
+            f"run_dir={run.run_dir}: holds another model ({k} was {before.get(k)}, is now {now.get(k)}); use another run_dir"
+        )
     if parts["data"]["digest"] != run.dataset.digest:
         raise UserError(f"run_dir={run.run_dir}: was trained on other data ({parts['data']['name']}); use another run_dir")
     for k in sorted(changed):
@@ -176,7 +178,7 @@ def compile_networks(state: State) -> None:
     state.G.compile()
     state.D.compile()
     if hasattr(state.D, "jvp"):
-        state.D.jvp = torch.compile(state.D.jvp)
+        state.D.jvp = torch.compile(state.D.jvp)  # type: ignore
 
 
 class Stopped(SystemExit):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgan.data.store import Dataset
+from vgan.data.source import Dataset
 from vgan.images import to_float
 from vgan.randomness import permute
 

@@ -2,6 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -40,6 +41,32 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hex digest of all that decides the pixels and labels; cheap, without reading the pictures."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A packed data set, opened without reading it."""
+
+    name: str
+    images: np.ndarray  # memory map, uint8 (N, H, W, C)
+    labels: np.ndarray  # int64 (N,)
+    label_names: tuple[str, ...]  # empty: no labels
+    digest: str  # sha256 of pixels and labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def img_resolution(self) -> int:
+        return int(self.images.shape[1])
+
+    @property
+    def img_channels(self) -> int:
+        return int(self.images.shape[3])
+
+    @property
+    def label_dim(self) -> int:
+        return len(self.label_names)
 
 
 def check_image_settings(resolution: int, channels: int = 3) -> None:

@@ -12,45 +12,18 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from vgan.data.source import BadImage, Source
+from vgan.data.source import BadImage, Dataset, Source
 from vgan.distributed import print0
 from vgan.errors import UserError
 
-_FORMAT = 1
 _ABANDONED_S = 24 * 3600  # a half-packed folder of this age belongs to a process that is gone
 _NAMED = 3  # bad pictures named in a message
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A packed data set, opened without reading it."""
-
-    name: str
-    images: np.ndarray  # memory map, uint8 (N, H, W, C)
-    labels: np.ndarray  # int64 (N,)
-    label_names: tuple[str, ...]  # empty: no labels
-    digest: str  # sha256 of pixels and labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def img_resolution(self) -> int:
-        return int(self.images.shape[1])
-
-    @property
-    def img_channels(self) -> int:
-        return int(self.images.shape[3])
-
-    @property
-    def label_dim(self) -> int:
-        return len(self.label_names)
 
 
 def default_cache_dir() -> Path:
@@ -102,7 +75,8 @@ def _pack_into(source: Source, final: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix=".packing-", dir=final.parent))
     try:
         digest, labels, bad = hashlib.sha256(), [], []
-        with open(work / "pixels", "wb") as f:
+        with open(work / "images.npy", "wb") as f:
+            _write_header(f, source, len(source))
             for item in _read_all(source):
                 if isinstance(item, BadImage):
                     bad.append(str(item))
@@ -114,7 +88,11 @@ def _pack_into(source: Source, final: Path) -> None:
                 digest.update(content)
                 f.write(content)
                 labels.append(label)
-        _judge_bad(source, bad, len(labels))
+            _judge_bad(source, bad, len(labels))
+            f.seek(0)
+            _write_header(f, source, len(labels))  # in place: numpy leaves room for any count
+            f.flush()
+            os.fsync(f.fileno())
         _finish(work, source, digest, labels)
         try:
             os.rename(work, final)
@@ -125,22 +103,17 @@ def _pack_into(source: Source, final: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _write_header(f: BinaryIO, source: Source, count: int) -> None:
+    shape = (count, source.img_resolution, source.img_resolution, source.img_channels)
+    np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
 def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[int]) -> None:
-    """Turn the stream of pixels into images.npy, labels.npy and, last, meta.json."""
+    """Write labels.npy and, last, meta.json: where it is, the folder is whole."""
     array = np.array(labels, dtype=np.int64)
     digest.update(array.tobytes())
     np.save(work / "labels.npy", array)
-    size, channels = source.img_resolution, source.img_channels
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, channels)}
-    with open(work / "images.npy", "wb") as out:
-        np.lib.format.write_array_header_1_0(out, header)
-        with open(work / "pixels", "rb") as pixels:
-            shutil.copyfileobj(pixels, out, 1 << 24)
-        out.flush()
-        os.fsync(out.fileno())
-    os.unlink(work / "pixels")
     meta = {
-        "format": _FORMAT,
         "name": source.name,
         "count": len(labels),
         "label_names": list(source.label_names),

@@ -38,5 +38,3 @@ def count_multiply_adds(module: nn.Module, *inputs: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return total
-
-

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vgan.models.layers import BiasLeakyReLU, ResidualBlock, check_resolution, downsample2x, init_conv
+from vgan.models.layers import BiasLeakyReLU, ResidualBlock, count_stages, downsample2x, init_conv
 
 
 class Discriminator(nn.Module):
@@ -16,6 +16,8 @@ class Discriminator(nn.Module):
     generator: widths are the channels at 4, 8, 16, ... px. Each logit sees a patch of `receptive_field_px`; where
     `patch_px` bounds it, 3x3 convolutions that would see further become 1x1 and downsampling stops, so that small patches give a
     finer grid. `logits_px` = 1 joins the 4x4 grid into one logit for the whole picture.
+
+    pixel_block > 1 starts from squares of that many pixels as channels, at img_resolution / pixel_block.
 
     Fully convolutional: other sizes than img_resolution are judged too, with a larger or smaller grid.
 
@@ -34,16 +36,17 @@ class Discriminator(nn.Module):
         patch_px: int | None = None,
         logits_px: int = 4,
         embed_dim: int = 64,
+        pixel_block: int = 1,
     ) -> None:
         super().__init__()
-        stages = check_resolution(img_resolution, img_channels, widths)
+        stages = count_stages(img_resolution, img_channels, widths, pixel_block)
         if patch_px is not None and not 16 <= patch_px <= img_resolution:
             raise ValueError(f"patch_px={patch_px}: must be from 16 to the image's {img_resolution}, or null for the whole image")
         if logits_px not in (1, 4) or (logits_px == 1 and patch_px is not None):
             raise ValueError(f"logits_px={logits_px}: must be 4, or 1 with patch_px=null")
         self.label_dim = label_dim
         limit = patch_px or math.inf
-        field, jump = 3, 1  # of one feature in image pixels: what it sees, and the distance to the next
+        field, jump = 3 * pixel_block, pixel_block  # of one feature in image pixels: what it sees, and the distance to the next
 
         def grow(pixels: int) -> bool:  # may the next filter reach `pixels` features further?
             nonlocal field
@@ -51,7 +54,9 @@ class Discriminator(nn.Module):
             field += pixels * jump * fits
             return fits
 
-        self.from_rgb = init_conv(nn.Conv2d(img_channels, widths[stages - 1], 3, padding=1, bias=False), gain=1)
+        self.to_blocks = nn.PixelUnshuffle(pixel_block) if pixel_block > 1 else nn.Identity()
+        pixels = img_channels * pixel_block**2
+        self.from_rgb = init_conv(nn.Conv2d(pixels, widths[stages - 1], 3, padding=1, bias=False), gain=1)
         self.stages, self.transitions, self.shrinks = nn.ModuleList(), nn.ModuleList(), []
         for i in reversed(range(stages)):
             layers = []
@@ -90,7 +95,7 @@ class Discriminator(nn.Module):
         return value, tangent
 
     def _run(self, x: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
-        x = self.from_rgb(x.contiguous(memory_format=torch.channels_last))
+        x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=torch.channels_last))
         for i, stage in enumerate(self.stages):
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x, pairs)
@@ -108,7 +113,9 @@ class Discriminator(nn.Module):
         logits = nn.functional.conv2d(h, self.to_logit.weight.to(h.dtype)).float()
         if self.embed is not None and self.to_embed is not None:
             if c is None:
-                raise ValueError(f"c=None: this discriminator knows {self.label_dim} classes; give one-hot c (N, {self.label_dim})")
+                raise ValueError(
+                    f"c=None: this discriminator knows {self.label_dim} classes; give one-hot c (N, {self.label_dim})"
+                )
             e = self.embed(c.repeat(2, 1) if pairs else c).float()
             logits = logits + (self.to_embed(h).float() * e[:, :, None, None]).sum(1, keepdim=True)
         if not pairs:

@@ -11,7 +11,7 @@ from vgan.models.layers import (
     BiasLeakyReLU,
     ResidualBlock,
     SelfAttention2d,
-    check_resolution,
+    count_stages,
     init_conv,
     upsample2x,
 )
@@ -77,6 +77,9 @@ class Generator(nn.Module):
     widths: channels at 4, 8, 16, ... px (more than needed are ignored). conv: 'dense' or 'separable'. attention:
     'none', 'self' or 'adaptive', once at the end of the stages in attention_resolutions.
 
+    pixel_block > 1 ends at img_resolution / pixel_block and draws that many pixels square from each feature (sub-pixel
+    convolution, Shi et al. 2016): the finest stage, which costs most on a CPU, is left out.
+
     Source: the residual, normalisation-free skeleton of Huang et al. 2024, "The GAN is dead; long live the GAN!".
     """
 
@@ -93,9 +96,10 @@ class Generator(nn.Module):
         attention: str = "none",
         attention_resolutions: Sequence[int] = (8, 16),
         embed_dim: int = 64,
+        pixel_block: int = 1,
     ) -> None:
         super().__init__()
-        stages = check_resolution(img_resolution, img_channels, widths)
+        stages = count_stages(img_resolution, img_channels, widths, pixel_block)
         self.z_dim, self.label_dim = z_dim, label_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim)
@@ -108,7 +112,8 @@ class Generator(nn.Module):
             if i + 1 < stages:  # mixed before upsampling, where it costs a quarter
                 self.transitions.append(init_conv(nn.Conv2d(width, widths[i + 1], 1, bias=False), gain=1))
         self.act = BiasLeakyReLU(widths[stages - 1])
-        self.to_rgb = init_conv(nn.Conv2d(widths[stages - 1], img_channels, 3, padding=1), gain=1)
+        self.to_rgb = init_conv(nn.Conv2d(widths[stages - 1], img_channels * pixel_block**2, 3, padding=1), gain=1)
+        self.to_pixels = nn.PixelShuffle(pixel_block) if pixel_block > 1 else nn.Identity()
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         x = self.input(z, c)  # (N, widths[0], 4, 4)
@@ -116,7 +121,7 @@ class Generator(nn.Module):
             x = stage(x)
             if i < len(self.transitions):
                 x = upsample2x(self.transitions[i](x))
-        return self.to_rgb(self.act(x))
+        return self.to_pixels(self.to_rgb(self.act(x)))
 
 
 class PlainGenerator(nn.Module):
@@ -136,9 +141,10 @@ class PlainGenerator(nn.Module):
         label_dim: int = 0,
         blocks: int = 1,
         embed_dim: int = 64,
+        pixel_block: int = 1,
     ) -> None:
         super().__init__()
-        stages = check_resolution(img_resolution, img_channels, widths)
+        stages = count_stages(img_resolution, img_channels, widths, pixel_block)
         self.z_dim, self.label_dim = z_dim, label_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim)
@@ -151,7 +157,8 @@ class PlainGenerator(nn.Module):
                 layers += [init_conv(nn.Conv2d(width, widths[i], 3, padding=1), gain=math.sqrt(2)), nn.ReLU()]
                 width = widths[i]
         self.body = nn.Sequential(*layers)
-        self.to_rgb = init_conv(nn.Conv2d(width, img_channels, 3, padding=1), gain=1)
+        self.to_rgb = init_conv(nn.Conv2d(width, img_channels * pixel_block**2, 3, padding=1), gain=1)
+        self.to_pixels = nn.PixelShuffle(pixel_block) if pixel_block > 1 else nn.Identity()
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.to_rgb(self.body(self.input(z, c))).tanh()
+        return self.to_pixels(self.to_rgb(self.body(self.input(z, c)))).tanh()

@@ -25,15 +25,18 @@ def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
     return conv
 
 
-def check_resolution(img_resolution: int, img_channels: int, widths: Sequence[int]) -> int:
-    """The number of stages from 4 px to img_resolution; raises ValueError where the sizes do not fit together."""
+def count_stages(img_resolution: int, img_channels: int, widths: Sequence[int], pixel_block: int) -> int:
+    """The number of stages from 4 px to img_resolution / pixel_block; raises ValueError where sizes do not fit together."""
     if img_resolution not in (16, 32, 64, 128, 256):
         raise ValueError(f"img_resolution={img_resolution}: must be a power of two from 16 to 256")
     if img_channels not in (1, 3):
         raise ValueError(f"img_channels={img_channels}: must be 1 (grey) or 3 (RGB)")
-    stages = int(math.log2(img_resolution)) - 1
+    if pixel_block not in (1, 2, 4):
+        raise ValueError(f"pixel_block={pixel_block}: must be 1, 2 or 4")
+    finest = img_resolution // pixel_block
+    stages = int(math.log2(finest)) - 1
     if len(widths) < stages:
-        raise ValueError(f"widths={list(widths)}: {img_resolution} px needs {stages} widths, from 4 px up; add {stages - len(widths)}")
+        raise ValueError(f"widths={list(widths)}: {finest} px needs {stages} of them, from 4 px up; add {stages - len(widths)}")
     return stages
 
 
