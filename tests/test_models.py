@@ -125,7 +125,7 @@ def test_plain_generator_ends_in_tanh() -> None:
     [
         ({"img_resolution": 48}, "power of two"),
         ({"img_channels": 2}, "must be 1"),
-        ({"widths": [8, 8]}, "needs 3 widths"),
+        ({"widths": [8, 8]}, "needs 3 of them"),
         ({"conv": "magic"}, "conv=magic"),
         ({"attention": "magic"}, "attention=magic"),
     ],

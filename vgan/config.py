@@ -42,6 +42,7 @@ class SizeConfig:
     blocks: int = MISSING
     expansion: int = MISSING
     pixel_block: int = MISSING
+    attention_resolutions: list[int] = MISSING
 
 
 @dataclass

@@ -77,25 +77,27 @@ def integers(seed: int, stream: str, index: Tensor, high: int) -> Tensor:
 def permute(index: Tensor, n: int, seed: int, epoch: Tensor | int) -> Tensor:
     """Where a shuffled order puts its `index`-th item: a bijection of [0, n) for every (seed, epoch), entered anywhere.
 
-    A Feistel network over the next even power of two, walked until it lands inside [0, n) (Black & Rogaway 2002).
-    `index` is int64 of any shape with values in [0, n); `epoch` an int or a tensor of that shape.
+    A Feistel network over the next even power of two, walked until it lands inside [0, n) (Black & Rogaway 2002), with
+    the 32-bit finalizer of MurmurHash3 (Appleby) as round function: an order needs no more, and Philox there took a
+    fifth of a training step on a CPU. `index` is int64 of any shape with values in [0, n); `epoch` an int or a tensor of that shape.
     """
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = (1 << half) - 1
-    epochs = torch.as_tensor(epoch, device=index.device).expand(index.shape)
-    stream = torch.full_like(index, _stream_id("order"))
-    key = (seed & _MASK, (seed >> 32) & _MASK)
+    salt = int.from_bytes(hashlib.sha256(f"order {seed}".encode()).digest()[:4], "little")
+    keys = torch.as_tensor(epoch, device=index.device) * _W0 + salt
 
     def walk(x: Tensor) -> Tensor:
         left, right = x >> half, x & mask
         for r in range(_FEISTEL_ROUNDS):
-            mixed = _philox((right, epochs & _MASK, torch.full_like(right, r), stream), key)[0]
-            left, right = right, left ^ (mixed & mask)
+            h = (right * _M1 + keys + r * _W1) & _MASK
+            h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK
+            h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK
+            left, right = right, left ^ ((h ^ (h >> 16)) & mask)
         return (left << half) | right
 
     x = walk(index)
-    while bool((x >= n).any()):
-        x = torch.where(x >= n, walk(x), x)
+    while bool((outside := x >= n).any()):
+        x = torch.where(outside, walk(x), x)
     return x
 
 
