@@ -114,7 +114,7 @@ def test_conditioning_reaches_both_networks() -> None:
 def test_plain_generator_ends_in_tanh() -> None:
     G = PlainGenerator(8, 16, WIDTHS)
     with torch.no_grad():
-        G.to_rgb.weight.mul_(100)
+        G.to_rgb[0].weight.mul_(100)
     images = G(torch.randn(4, 8), None)
     assert images.abs().max() <= 1
     assert images.abs().max() > 0.9

@@ -97,8 +97,15 @@ def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> N
         _fail(program, str(e), 1)
     except (HydraException, OmegaConfBaseException) as e:
         _fail(program, usage_line(e, sys.argv[1:], schema), 2)
+    except ValueError as e:  # Hydra's own, for a group that is given a number
+        if "Config group override" not in str(e):
+            raise
+        _fail(program, usage_line(e, sys.argv[1:], schema), 2)
     except KeyboardInterrupt:
         _fail(program, "stopped at once; the same command goes on from the last checkpoint", 130)
+    except OSError as e:
+        place = f"{e.filename}: " if e.filename else ""
+        _fail(program, f"{place}{e.strerror or e}; free space or choose another folder, then the same command goes on", 1)
     except (MemoryError, RuntimeError) as e:
         if not _is_out_of_memory(e):
             raise
@@ -126,14 +133,15 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
     text = " ".join(str(c) for c in causes)
     option = re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text)
     if option:
-        group, name = option.groups()
-        known = sorted(p.stem for p in (CONFIG_DIR / group).glob("*.yaml"))
-        return f"{group}={name}: no such option; use one of {', '.join(known)}"
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
+        return _no_such_option(option[1], option[2])
+    missing = re.search(r"Missing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.DOTALL)
     if missing:
-        return f"{missing[1].rstrip(',')}: must be given, as {missing[1].rstrip(',')}=VALUE"
+        name = missing[2] or missing[1]
+        return f"{name}: must be given, as {name}=VALUE"
     for override in argv:
-        name = override.lstrip("+~").partition("=")[0]
+        name, _, value = override.lstrip("+~").partition("=")
+        if "Config group override" in text and (CONFIG_DIR / name).is_dir():
+            return _no_such_option(name, value) if schema is TrainConfig else f"{override}: unknown key {name}"
         if name in text and ("not in struct" in text or "not in" in text or "No match in the defaults" in text):
             close = difflib.get_close_matches(name, _known_keys(schema), 1, 0.6)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys, --cfg job the nested ones"
@@ -142,6 +150,11 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
             return f"{override}: {str(causes[-1]).splitlines()[0]}"
     bad = next((a for a in argv if a in text), None)
     return (f"{bad}: " if bad else "") + str(causes[-1]).splitlines()[0]
+
+
+def _no_such_option(group: str, name: str) -> str:
+    known = sorted(p.stem for p in (CONFIG_DIR / group).glob("*.yaml"))
+    return f"{group}={name}: no such option; use one of {', '.join(known)}"
 
 
 def _known_keys(schema: type, prefix: str = "") -> list[str]:

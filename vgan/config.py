@@ -114,7 +114,7 @@ class SampleConfig:
     ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
     n: int = key("how many pictures")
     seed: int = key("the pictures follow from it")
-    label: str = key("class by number or name; null takes all classes in turn")
+    label: str | None = key("class by number or name; null takes all classes in turn")
     truncation: float = key("1 is the model as trained; towards 0 pictures get cleaner and less varied")
     out: str = key("a .png file for one grid, or a folder for single files")
     batch_size: int = key("pictures a pass")

@@ -79,7 +79,8 @@ def permute(index: Tensor, n: int, seed: int, epoch: Tensor | int) -> Tensor:
 
     A Feistel network over the next even power of two, walked until it lands inside [0, n) (Black & Rogaway 2002), with
     the 32-bit finalizer of MurmurHash3 (Appleby) as round function: an order needs no more, and Philox there took a
-    fifth of a training step on a CPU. `index` is int64 of any shape with values in [0, n); `epoch` an int or a tensor of that shape.
+    fifth of a training step on a CPU. `index` is int64 of any shape with values in [0, n); `epoch` an int or a tensor of
+    that shape.
     """
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = (1 << half) - 1

@@ -1,6 +1,6 @@
 """The embedded default: coloured shapes drawn by code, and an oracle that knows what they show.
 
-One antialiased filled shape in one of eight colours on a plain light ground, at a random place, size and turn. The
+One antialiased filled shape in one of eight colours on a plain light ground, at a random place, size and tilt. The
 label is the shape; every picture is a pure function of (seed, index).
 """
 
@@ -30,7 +30,8 @@ COLOURS = {
 COLOUR_NAMES = tuple(COLOURS)
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)  # (8, 3)
 _GROUND = (228.0, 252.0)  # range of each channel of the ground: off-white with a faint tint
-_RADIUS = (0.26, 0.36)  # of the picture's width
+_RADIUS = (0.28, 0.4)  # of the picture's width
+_TILT = math.radians(30)  # at most, either way
 _BLOCK = 500  # pictures drawn at once
 _DRAWING = threading.Lock()
 
@@ -123,7 +124,7 @@ class Shapes(Source):
         u = uniform(self._seed, "pose", i, 7).numpy()
         radius = size * (_RADIUS[0] + u[:, 0] * (_RADIUS[1] - _RADIUS[0]))
         cx, cy = (radius + u[:, k] * (size - 2 * radius) for k in (1, 2))
-        cover = coverage(shape, cx, cy, radius, u[:, 3] * 2 * math.pi, size)[..., None]
+        cover = coverage(shape, cx, cy, radius, (u[:, 3] * 2 - 1) * _TILT, size)[..., None]
         ground = (_GROUND[0] + u[:, 4:7] * (_GROUND[1] - _GROUND[0]))[:, None, None, :]
         images = ground + cover * (_PALETTE[colour][:, None, None, :] - ground)
         return images.round().astype(np.uint8), shape, colour

@@ -11,6 +11,7 @@ from vgan.models.layers import (
     BiasLeakyReLU,
     ResidualBlock,
     SelfAttention2d,
+    conv_to_pixels,
     count_stages,
     init_conv,
     upsample2x,
@@ -112,8 +113,7 @@ class Generator(nn.Module):
             if i + 1 < stages:  # mixed before upsampling, where it costs a quarter
                 self.transitions.append(init_conv(nn.Conv2d(width, widths[i + 1], 1, bias=False), gain=1))
         self.act = BiasLeakyReLU(widths[stages - 1])
-        self.to_rgb = init_conv(nn.Conv2d(widths[stages - 1], img_channels * pixel_block**2, 3, padding=1), gain=1)
-        self.to_pixels = nn.PixelShuffle(pixel_block) if pixel_block > 1 else nn.Identity()
+        self.to_rgb = conv_to_pixels(widths[stages - 1], img_channels, pixel_block)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         x = self.input(z, c)  # (N, widths[0], 4, 4)
@@ -121,7 +121,7 @@ class Generator(nn.Module):
             x = stage(x)
             if i < len(self.transitions):
                 x = upsample2x(self.transitions[i](x))
-        return self.to_pixels(self.to_rgb(self.act(x)))
+        return self.to_rgb(self.act(x))
 
 
 class PlainGenerator(nn.Module):
@@ -157,8 +157,7 @@ class PlainGenerator(nn.Module):
                 layers += [init_conv(nn.Conv2d(width, widths[i], 3, padding=1), gain=math.sqrt(2)), nn.ReLU()]
                 width = widths[i]
         self.body = nn.Sequential(*layers)
-        self.to_rgb = init_conv(nn.Conv2d(width, img_channels * pixel_block**2, 3, padding=1), gain=1)
-        self.to_pixels = nn.PixelShuffle(pixel_block) if pixel_block > 1 else nn.Identity()
+        self.to_rgb = conv_to_pixels(width, img_channels, pixel_block)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.to_pixels(self.to_rgb(self.body(self.input(z, c)))).tanh()
+        return self.to_rgb(self.body(self.input(z, c))).tanh()

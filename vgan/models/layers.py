@@ -40,6 +40,18 @@ def count_stages(img_resolution: int, img_channels: int, widths: Sequence[int], 
     return stages
 
 
+def conv_to_pixels(channels: int, img_channels: int, pixel_block: int) -> nn.Sequential:
+    """The last layer of a generator: (N, channels, H, W) -> (N, img_channels, H pixel_block, W pixel_block).
+
+    Sub-pixel convolution (Shi et al. 2016); the pixels of a block start with equal weights, so that training does not begin
+    from a checkerboard (Aitken et al. 2017).
+    """
+    conv = init_conv(nn.Conv2d(channels, img_channels * pixel_block**2, 3, padding=1), gain=1)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(pixel_block**2, dim=0))
+    return nn.Sequential(conv, nn.PixelShuffle(pixel_block) if pixel_block > 1 else nn.Identity())
+
+
 class SeparableConv2d(nn.Module):
     """A depthwise-separable convolution: one k x k filter for every channel, then a 1x1 mixing of the channels.
 

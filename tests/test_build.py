@@ -1,0 +1,153 @@
+"""Every YAML composes, builds and takes a step."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from PIL import Image
+
+from vgan import build, cli  # noqa: F401  (cli registers the schemas)
+from vgan.config import CONFIG_DIR, validate
+from vgan.data.feed import Feed
+from vgan.errors import UserError
+from vgan.randomness import Streams
+from vgan.steps import d_step, g_step
+from vgan.train import set_up
+
+CPU = torch.device("cpu")
+TINY = ["size.g_widths=[8,8,8,8,8,8,8]", "size.d_widths=[8,8,8,8,8,8,8]", "size.blocks=1", "batch_size=2", "data.cache_dir=null"]
+GROUPS = {
+    g: sorted(p.stem for p in (CONFIG_DIR / g).glob("*.yaml")) for g in ("model", "size", "data", "loss", "augment", "experiment")
+}
+
+
+def compose_config(*overrides: str) -> Any:
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def resolved(*overrides: str) -> dict[str, Any]:
+    cfg = compose_config(*overrides)
+    validate(cfg)
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def one_step(config: dict[str, Any]) -> dict[str, float]:
+    run = set_up(config, CPU, "fp32")
+    before = [p.detach().clone() for p in (*run.state.G.parameters(), *run.state.D.parameters())]
+    feed = Feed(run.dataset, config["batch_size"], config["seed"], CPU)
+    real, c = feed.batch(0)
+    streams, now = Streams(config["seed"], 0, config["batch_size"]), run.moment_at(0)
+    scalars = d_step(run.state, run.recipe, now, real, c, streams, 1)
+    scalars |= g_step(run.state, run.recipe, now, real, c, streams)
+    after = [*run.state.G.parameters(), *run.state.D.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after))
+    return {k: v.item() for k, v in scalars.items()}
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in ("model", "loss", "augment") for o in GROUPS[g]], ids=lambda x: x)
+def test_options_build_and_take_a_step(group: str, option: str) -> None:
+    scalars = one_step(resolved(*TINY, "data.resolution=16", "data.size=40", f"{group}={option}"))
+    assert all(np.isfinite(v) for v in scalars.values())
+    assert {
+        "loss/D",
+        "loss/G",
+        "logits/real",
+        "logits/fake",
+        "penalty/r1",
+        "penalty/r2",
+        "grad_norm/D",
+        "grad_norm/G",
+    } == scalars.keys()
+
+
+@pytest.mark.parametrize("size", GROUPS["size"])
+def test_sizes_build_at_every_resolution_and_take_a_step(size: str) -> None:
+    config = resolved(f"size={size}", "batch_size=1", "data.resolution=16", "data.size=40")
+    counts = []
+    for resolution in (16, 64, 256):
+        sizes = {"img_resolution": resolution, "img_channels": 3, "label_dim": 2}
+        with torch.device("meta"):
+            G = build.construct(config["model"]["generator"], "model.generator", **sizes)
+            D = build.construct(config["model"]["discriminator"], "model.discriminator", **sizes)
+        counts += [sum(p.numel() for p in net.parameters()) for net in (G, D)]
+    assert counts[4] > counts[0]
+    if size in ("xs", "s"):
+        one_step(config)
+    if size == "l":
+        assert all(75e6 < n < 95e6 for n in counts[2:4])  # about 80 M each
+
+
+def fake_set(size: tuple[int, int], attributes: bool) -> type:
+    class Fake:
+        classes = tuple("abcdefghij")
+        attr_names = ("Smiling", "Male", "")
+
+        def __init__(self, root: str, **_: object) -> None: ...
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> tuple[Image.Image, object]:
+            return Image.new("RGB", size, (i, 0, 0)), torch.tensor([0, 1, 0]) if attributes else i
+
+    return Fake
+
+
+@pytest.mark.parametrize("option", GROUPS["data"])
+def test_data_sets_build_and_take_a_step(
+    option: str, monkeypatch: pytest.MonkeyPatch, pictures_npy: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fake_set((32, 32), False))
+    monkeypatch.setattr("torchvision.datasets.CelebA", fake_set((178, 218), True))
+    extra = {"folder": [f"data.path={pictures_npy}"], "shapes": ["data.size=40"], "celeba": ["data.attributes=[Smiling]"]}
+    config = resolved(f"data={option}", *TINY, *extra.get(option, []), f"data.cache_dir={tmp_path / 'cache'}")
+    assert np.isfinite(one_step(config)["loss/D"])
+
+
+def test_experiments_compose() -> None:
+    for option in GROUPS["experiment"]:
+        validate(compose_config(f"experiment={option}"))
+
+
+def test_schema_is_the_base_of_every_value() -> None:
+    assert {"train_schema.yaml", "sample_schema.yaml"} <= set(ConfigStore.instance().list(""))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_target_": "vgan.models.nowhere.Generator"}, r"node._target_=vgan.models.nowhere.Generator: cannot be imported"),
+        ({"_target_": "vgan.models.generator.Generator", "z_dmi": 3}, "node.z_dmi=3: .* it takes z_dim"),
+        ({"_target_": "vgan.models.generator.Generator", "z_dim": "abc", "widths": [8, 8, 8]}, "node.z_dim=abc: must be int"),
+        ({"_target_": "vgan.models.generator.Generator", "z_dim": 8}, "node.widths: is missing"),
+        ({"_target_": "vgan.models.generator.Generator", "z_dim": 8, "widths": [8, "x", 8]}, "node.widths"),
+        ({"_target_": "vgan.models.generator.Generator", "z_dim": 8, "widths": [8]}, "node.widths=.*needs 3"),
+        ({"z_dim": 8}, "has no _target_"),
+    ],
+)
+def test_construct_names_node_key_value_and_rule(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build.construct(config, "node", img_resolution=16)
+    assert "\n" not in str(caught.value)
+
+
+def test_first_weights_follow_from_the_seed_and_leave_the_global_state() -> None:
+    config = resolved(*TINY)
+    sizes = {"img_resolution": 16, "img_channels": 3, "label_dim": 2}
+    state = torch.random.get_rng_state()
+    nets = [build.build_networks(config["model"], sizes, seed)[0].state_dict() for seed in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weight = [n["to_rgb.0.weight"] for n in nets]
+    assert torch.equal(weight[0], weight[1])
+    assert not torch.equal(weight[0], weight[2])
+
+
+def test_a_checkpoint_may_name_vgans_networks_only() -> None:
+    with pytest.raises(UserError, match="vgan's own networks"):
+        build.build_generator({"generator": {"_target_": "os.system", "command": "true"}}, {})

@@ -1,0 +1,369 @@
+"""The command line as a user meets it: what works, and one clear line for what cannot."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vgan.train
+from vgan import cli, load_generator
+from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig
+
+TINY = [
+    "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]",
+    "batch_size=8", "total_kimg=0.032", "tick_kimg=0.016", "snapshot_kimg=0.016", "checkpoint_kimg=0.016", "device=cpu",
+]  # fmt: skip
+
+
+class Cli:
+    """Runs a console script in this process and keeps what it printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, main: Callable[[], None], *argv: object) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", [main.__name__, *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = self._capsys.readouterr()
+        return code, out, re.sub(r".*\r", "", err)  # without the progress bar
+
+    def train(self, *argv: object) -> tuple[int, str, str]:
+        return self(cli.train_main, *argv)
+
+    def sample(self, *argv: object) -> tuple[int, str, str]:
+        return self(cli.sample_main, *argv)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    monkeypatch.chdir(tmp_path)
+    return Cli(monkeypatch, capsys)
+
+
+def size_of(path: str) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def message(code: int, out: str, err: str, expect_code: int = 1) -> str:
+    """The one line of a failed command."""
+    assert code == expect_code, (out, err)
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("vgan-")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+# --- what works -----------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_the_run_folder_then_is_complete_then_samples(run: Cli, tmp_path: Path) -> None:
+    code, out, _ = run.train(*TINY, "run_dir=outputs/mine")
+    assert code == 0
+    assert "vgan-sample ckpt=outputs" in out
+    folder = tmp_path / "outputs" / "mine"
+    names = {p.name for p in folder.iterdir() if "tfevents" not in p.name}
+    assert names == {
+        "config.yaml", "stats.jsonl", "reals.png", "fakes-000000016.png", "fakes-000000032.png",
+        "checkpoint-000000016.pt", "checkpoint-000000032.pt",
+    }  # fmt: skip
+    assert list(folder.glob("events.out.tfevents.*"))
+    ticks = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert [t["cur_nimg"] for t in ticks] == [16, 32]
+    wanted = "loss/D loss/G logits/real logits/fake penalty/r1 penalty/r2 grad_norm/D grad_norm/G"
+    wanted += " lr_G lr_D gamma augment_p speed/img_per_s"
+    assert set(wanted.split()) <= ticks[0].keys()
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    code, out, _ = run.train(*TINY, "run_dir=outputs/mine")
+    assert code == 0
+    assert "is complete" in out
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+    code, out, _ = run.sample("ckpt=outputs/mine", "n=9", "seed=3", "out=grid.png", "device=cpu")
+    assert code == 0
+    assert size_of("grid.png") == (3 * 64, 3 * 64)
+    first = Path("grid.png").read_bytes()
+    run.sample(f"ckpt={folder / 'checkpoint-000000032.pt'}", "n=9", "seed=3", "out=again.png", "batch_size=4", "device=cpu")
+    assert Path("again.png").read_bytes() == first
+    run.sample("ckpt=outputs/mine", "n=9", "seed=4", "out=other.png", "device=cpu")
+    assert Path("other.png").read_bytes() != first
+    code, _, _ = run.sample("ckpt=outputs/mine", "n=3", "label=heart", "truncation=0.5", "out=files", "device=cpu")
+    assert sorted(p.name for p in Path("files").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert size_of("files/000000.png") == (16, 16)
+
+    G = load_generator(folder, device="cpu")
+    images = G(torch.randn(2, G.z_dim), torch.eye(8)[:2])  # type: ignore[call-overload]
+    assert images.shape == (2, 3, 16, 16)
+    assert not images.requires_grad
+    assert G.label_names[7] == "heart"  # type: ignore[index]
+
+
+def test_a_longer_run_goes_on_and_the_newest_checkpoints_stay(run: Cli, tmp_path: Path) -> None:
+    run.train(*TINY, "run_dir=r")
+    code, out, _ = run.train(*TINY, "run_dir=r", "total_kimg=0.064", "keep_checkpoints=2")
+    assert code == 0
+    assert "from 32 images on" in out
+    names = sorted(p.name for p in (tmp_path / "r").glob("checkpoint-*"))
+    assert names == ["checkpoint-000000048.pt", "checkpoint-000000064.pt"]
+
+
+@pytest.mark.parametrize("model", ["plain", "conv", "sep", "attn", "adaptive"])
+def test_the_ladder_trains(run: Cli, tmp_path: Path, model: str) -> None:
+    code, out, _ = run.train(*TINY, f"model={model}", "run_dir=r")
+    assert code == 0
+    assert re.search(r"G +[\d,]+ parameters, [\d.,]+ M multiply-adds", out)
+    assert "each logit sees" in out
+    tick = json.loads((tmp_path / "r" / "stats.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(list(tick.values())).all()
+
+
+def test_folder_with_labels_and_fp32_and_bf16(run: Cli, pictures_npy: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        argv = [a for a in TINY if not a.startswith("data")]
+        argv += [
+            "data=folder",
+            f"data.path={pictures_npy}",
+            "data.resolution=16",
+            f"precision={precision}",
+            f"run_dir={precision}",
+        ]
+        code, out, err = run.train(*argv)
+        assert code == 0, err
+        assert "40 images of 16 px, 3 channels, 4 classes" in out
+        assert f", {precision}" in out
+
+
+def test_sweep_gives_every_job_a_folder(run: Cli, tmp_path: Path) -> None:
+    code, _, err = run.train("-m", *TINY, "model=sep,conv", "run_dir=sweep")
+    assert code == 0, err
+    folders = [p.parent.name for p in (tmp_path / "sweep").rglob("checkpoint-000000032.pt")]
+    assert len(folders) == 2
+    assert {"sep", "conv"} == {next(m for m in ("sep", "conv") if f"model={m}" in f) for f in folders}
+
+
+def test_help_explains_every_group_option_and_key(run: Cli) -> None:
+    code, out, _ = run.train("--help")
+    assert code == 0
+    for f in TrainConfig.__dataclass_fields__:
+        assert re.search(rf"^  {f}\b", out, re.M) or (CONFIG_DIR / f).is_dir() or f in ("optim", "ema")
+    for path in CONFIG_DIR.glob("*/*.yaml"):
+        line = next(x for x in out.splitlines() if x.startswith(f"  {path.parent.name}={path.stem} "))
+        assert len(line.split(maxsplit=1)[1]) > 8, f"{path.name} begins with no explanation"
+    code, out, _ = run.sample("--help")
+    assert all(re.search(rf"^  {f}\b", out, re.M) for f in SampleConfig.__dataclass_fields__)
+
+
+def test_console_scripts_exist_and_compose_without_training(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("vgan-train.exe" if os.name == "nt" else "vgan-train")
+    done = subprocess.run([str(script), "--cfg", "job", "data=cifar10"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "name: cifar10" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("total_king=1", "total_king=1: unknown key total_king; did you mean total_kimg"),
+        ("optim.lr_Q.start=1", "optim.lr_Q.start"),
+        ("data.colour=red", "data.colour=red: unknown key"),
+        ("batch_size=abc", "batch_size=abc: .*'abc'.*could not be converted to Integer"),
+        ("total_kimg=ten", "total_kimg=ten: .*'ten'.*could not be converted to Float"),
+        ("model=transformer", "model=transformer: no such option; use one of adaptive, attn, conv, plain, sep"),
+        ("data=folder", "data.path: must be given"),
+        ("batch_size=", "batch_size"),
+        ("size.g_widths=5", "g_widths"),
+        ("size=3", "size=3: no such option; use one of l, m, s, xs"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str, says: str) -> None:
+    line = message(*run.train(override, "device=cpu"), expect_code=2)
+    assert re.search(says, line), line
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("batch_size=0", "batch_size=0: must be above 0"),
+        ("total_kimg=-1", "total_kimg=-1"),
+        ("seed=-1", "seed=-1: must be 0 or above"),
+        ("precision=fp8", "precision=fp8: must be one of auto, fp32"),
+        ("precision=fp16", "precision=fp16: needs a CUDA GPU"),
+        ("compile=maybe", "compile=maybe: must be auto, true or false"),
+        ("device=tpu", "device=tpu: unknown; use auto, cpu"),
+        ("device=cuda", "device=cuda: this machine has no CUDA GPU"),
+        ("augment.p.start=2", "augment.p.start=2"),
+        ("optim.beta1=1", "optim.beta1=1"),
+        ("loss.name=nash", "loss.name=nash: unknown; use one of rpgan"),
+        ("augment.transforms=[swirl]", "augment.transforms=.*swirl.*unknown"),
+        ("size.g_widths=[8,8]", r"model.generator.widths=\[8, 8\]: 16 px needs 3"),
+        ("size.z_dim=0", "size.z_dim=0"),
+        ("model.generator.conv=magic", "model.generator.conv=magic"),
+        ("model.generator._target_=nowhere.G", "model.generator._target_=nowhere.G: cannot be imported"),
+        ("model.discriminator.patch_px=4", "model.discriminator.patch_px=4: must be from 16"),
+        ("model.discriminator.patch_px=far", "model.discriminator.patch_px=far: must be"),
+        ("data.resolution=17", "data.resolution=17: must be one of 16"),
+        ("data.size=1", "training needs at least 2"),
+        ("optim.optimizer._target_=torch.optim.Atom", "optim.optimizer._target_=torch.optim.Atom: cannot be imported"),
+        ("+optim.optimizer.speed=3", "optim.optimizer.speed=3: torch.optim.Adam has no such argument"),
+    ],
+)
+def test_bad_values_name_key_value_and_rule(run: Cli, tmp_path: Path, override: str, says: str) -> None:
+    if override == "device=cuda" and torch.cuda.is_available():
+        override, says = "device=cuda:99", "device=cuda:99: this machine has"
+    extra = ["size.pixel_block=1"] if "widths" in override else []
+    line = message(*run.train(*TINY, *extra, override, "run_dir=r"))
+    assert re.search(says, line), line
+    assert not (tmp_path / "r").exists()
+
+
+def folder_case(kind: str, tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    if kind == "one":
+        Image.new("RGB", (20, 20)).save(folder / "a.png")
+    if kind == "bad":
+        for name in "ab":
+            (folder / f"{name}.jpg").write_bytes(b"not a jpeg")
+    return tmp_path / "elsewhere" if kind == "missing" else folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("missing", "no such folder"),
+        ("empty", "no pictures"),
+        ("one", "only one picture"),
+        ("bad", "2 unreadable.*data.skip_bad=true"),
+    ],
+)
+def test_bad_folders(run: Cli, tmp_path: Path, kind: str, says: str) -> None:
+    line = message(*run.train("data=folder", f"data.path={folder_case(kind, tmp_path)}", "run_dir=r", "device=cpu"))
+    assert re.search(says, line), line
+    assert not (tmp_path / "r").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(run: Cli, tmp_path: Path) -> None:
+    run.train(*TINY, "run_dir=r")
+    newest = tmp_path / "r" / "checkpoint-000000032.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    before = contents(tmp_path / "r")
+    line = message(*run.train(*TINY, "run_dir=r"))
+    assert "checkpoint-000000032.pt: not a readable checkpoint" in line
+    assert "delete or move it" in line
+    assert contents(tmp_path / "r") == before
+    assert "checkpoint-000000032.pt" in message(*run.sample("ckpt=r", "device=cpu"))
+    newest.unlink()
+    code, out, _ = run.train(*TINY, "run_dir=r")
+    assert code == 0
+    assert "from 16 images on" in out
+
+
+def test_checkpoint_of_another_model_or_of_other_data_is_refused(run: Cli, tmp_path: Path) -> None:
+    run.train(*TINY, "run_dir=r")
+    before = contents(tmp_path / "r")
+    line = message(*run.train(*TINY, "run_dir=r", "model=conv"))
+    assert "holds another model (model.generator.attention was self, is now none)" in line
+    assert "use another run_dir" in line
+    assert "other data" in message(*run.train(*TINY, "run_dir=r", "data.seed=9"))
+    assert contents(tmp_path / "r") == before
+    torch.save({"anything": 1}, tmp_path / "x.pt")
+    assert "not a vgan checkpoint" in message(*run.sample("ckpt=x.pt", "device=cpu"))
+
+
+def test_changed_settings_are_shown(run: Cli) -> None:
+    run.train(*TINY, "run_dir=r")
+    _, out, _ = run.train(*TINY, "run_dir=r", "total_kimg=0.048", "optim.lr_G.start=0.01")
+    assert "changed since the checkpoint: optim.lr_G.start was 0.002, is now 0.01" in out
+
+
+def test_full_disk_keeps_what_was_written(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.train(*TINY, "run_dir=r", "total_kimg=0.016")
+    kept = (tmp_path / "r" / "checkpoint-000000016.pt").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        line = message(*run.train(*TINY, "run_dir=r"))
+    assert "checkpoint-000000032.pt: cannot be written (No space left on device)" in line
+    assert [p.name for p in (tmp_path / "r").glob("*check*")] == ["checkpoint-000000016.pt"]
+    assert (tmp_path / "r" / "checkpoint-000000016.pt").read_bytes() == kept
+    code, _, _ = run.train(*TINY, "run_dir=r")
+    assert code == 0
+
+
+def test_a_run_folder_that_cannot_be_made(run: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in message(*run.train(*TINY, "run_dir=file/r"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
+    """A disk that really refuses: the kernel stops every file of the process at 20 kB."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));from vgan.cli import train_main; train_main()"
+    if os.name == "nt":
+        return
+    command = [sys.executable, "-c", code, *TINY, f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'r'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "cannot be written (File too large)" in done.stderr
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(run: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def step(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(vgan.train, "d_step", step)
+    assert "smaller batch_size" in message(*run.train(*TINY, "run_dir=r"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        ([], 2, "ckpt: must be given"),
+        (["ckpt=nowhere"], 1, "ckpt=nowhere: no such file or folder"),
+        (["ckpt=."], 1, r"ckpt=.: the folder holds no checkpoint-\*.pt"),
+        (["ckpt=r", "n=0"], 1, "n=0: must be above 0"),
+        (["ckpt=r", "truncation=2"], 1, "truncation=2"),
+        (["ckpt=r", "label=wolf"], 1, "label=wolf: unknown; use one of 0 circle, 1 square"),
+        (["ckpt=r", "label=8"], 1, "label=8: unknown"),
+        (["ckpt=r", "out=grid.tiff"], 1, "out=grid.tiff: unknown kind .tiff"),
+        (["ckpt=r", "out=file/grid.png"], 1, "cannot be written"),
+        (["ckpt=r", "size=3"], 2, "size=3: unknown key size"),
+    ],
+)
+def test_bad_sampling(run: Cli, tmp_path: Path, argv: list[str], code: int, says: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    if "ckpt=r" in argv:
+        run.train(*TINY, "run_dir=r", "total_kimg=0.008")
+    line = message(*run.sample(*argv, *([] if code == 2 else ["device=cpu"])), expect_code=code)
+    assert re.search(says, line), line
+    assert not list(tmp_path.glob("*.png"))
