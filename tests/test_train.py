@@ -1,0 +1,118 @@
+"""The loop: resume after a kill is bit-exact, stopping saves, the step does what it says."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vgan import checkpoint
+from vgan.train import StopRequest, due
+
+TINY = [
+    "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]", "batch_size=8",
+    "total_kimg=0.4", "tick_kimg=0.04", "snapshot_kimg=0.1", "checkpoint_kimg=0.04", "loss.penalty_every=3",
+    "augment=scheduled", "device=cpu",
+]  # fmt: skip
+# Every step takes at least 10 ms, so that a kill lands inside the run and not after it.
+SLOW = """
+import time, vgan.train
+step = vgan.train.d_step
+vgan.train.d_step = lambda *a: (time.sleep(0.01), step(*a))[1]
+from vgan.cli import train_main
+train_main()
+"""
+
+
+def start(run_dir: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SLOW, *TINY, f"run_dir={run_dir}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(run_dir: Path, cur_nimg: int, process: "subprocess.Popen[str]") -> None:
+    """Until a checkpoint at or after cur_nimg is there."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        found = checkpoint.all_checkpoints(run_dir)
+        if found and int(found[-1].stem.split("-")[1]) >= cur_nimg:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no checkpoint at {cur_nimg}: {process.communicate()[0]}")
+
+
+def flatten(node: object, name: str = "") -> dict[str, object]:
+    if isinstance(node, dict):
+        return {k: v for key, child in node.items() for k, v in flatten(child, f"{name}/{key}").items()}
+    if isinstance(node, list):
+        return {k: v for i, child in enumerate(node) for k, v in flatten(child, f"{name}/{i}").items()}
+    return {name: node}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Final checkpoints equal to the last bit, and so are the statistics and the grids."""
+    final = [flatten(checkpoint.load(checkpoint.find(folder))) for folder in (a, b)]
+    assert final[0].keys() == final[1].keys()
+    for name, value in final[0].items():
+        if isinstance(value, torch.Tensor):
+            other = final[1][name]
+            assert isinstance(other, torch.Tensor)
+            assert torch.equal(value.nan_to_num(), other.nan_to_num()), name
+        elif name != "/config/run_dir":
+            assert value == final[1][name], name
+    ticks = [[json.loads(line) for line in (f / "stats.jsonl").read_text().splitlines()] for f in (a, b)]
+    for ours, theirs in zip(*ticks, strict=True):
+        assert {k: v for k, v in ours.items() if "speed" not in k} == {k: v for k, v in theirs.items() if "speed" not in k}
+    names = sorted(p.name for p in a.glob("*.png"))
+    assert names == sorted(p.name for p in b.glob("*.png"))
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole")
+    assert "Done" in whole.communicate()[0]
+    rng = random.Random(0)
+    for cur_nimg in (40, 160, 320):
+        process = start(tmp_path / "killed")
+        wait_for(tmp_path / "killed", cur_nimg, process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()  # SIGKILL: no handler runs
+        process.communicate()
+        assert process.returncode != 0
+    out = start(tmp_path / "killed").communicate()[0]
+    assert "images on" in out
+    assert "Done" in out
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
+def test_ctrl_c_saves_at_the_next_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    process = start(tmp_path / "r")
+    wait_for(tmp_path / "r", 40, process)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate()[0]
+    assert process.returncode == 130, out
+    assert "the same command goes on" in out
+    assert "Traceback" not in out
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 400
+    assert "Done" in start(tmp_path / "r").communicate()[0]
+
+
+def test_second_ctrl_c_is_not_held_back() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_due_does_not_need_intervals_to_divide() -> None:
+    counts = range(64, 1000, 64)
+    assert [n for n in counts if due(0.1, n - 64, n)] == [128, 256, 320, 448, 512, 640, 704, 832, 960]
+    assert not due(1, 0, 999)
+    assert due(1, 999, 1000)
