@@ -10,7 +10,7 @@ FLOORS = [
     {"errors"},
     {"config", "device", "distributed", "images", "randomness"},  # the ground
     {"augment", "data", "ema", "losses", "models", "penalties", "schedules"},
-    {"build", "checkpoint", "stats", "steps"},
+    {"build", "checkpoint", "stats", "steps", "usage"},
     {"sample", "train"},
     {"cli"},
 ]

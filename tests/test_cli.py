@@ -323,7 +323,8 @@ def test_a_run_folder_that_cannot_be_made(run: Cli, tmp_path: Path) -> None:
 
 def test_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
     """A disk that really refuses: the kernel stops every file of the process at 20 kB."""
-    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));from vgan.cli import train_main; train_main()"
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code += "from vgan.cli import train_main; train_main()"
     if os.name == "nt":
         return
     command = [sys.executable, "-c", code, *TINY, f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'r'}"]
