@@ -4,7 +4,15 @@ import torch
 from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator, PlainGenerator
-from vgan.models.layers import AdaptiveAttention2d, BiasLeakyReLU, SelfAttention2d, SeparableConv2d, conv3x3, upsample2x
+from vgan.models.layers import (
+    AdaptiveAttention2d,
+    BiasLeakyReLU,
+    ConvToPixels,
+    SelfAttention2d,
+    SeparableConv2d,
+    conv3x3,
+    upsample2x,
+)
 
 WIDTHS = [16, 16, 16, 8, 8, 8, 8]
 
@@ -96,6 +104,26 @@ def test_whole_image_receptive_field_and_single_logit() -> None:
     assert D(torch.randn(2, 3, 32, 32)).shape == (2, 1, 1, 1)
     assert D.receptive_field_px > 32
     assert Discriminator(32, WIDTHS)(torch.randn(1, 3, 64, 48)).shape == (1, 1, 8, 6)  # fully convolutional
+
+
+@pytest.mark.parametrize("pixel_block", [1, 2, 4])
+def test_pixel_blocks_give_the_same_picture_and_grid_with_fewer_stages(pixel_block: int) -> None:
+    G, D = (
+        make(pixel_block)
+        for make in (lambda b: Generator(8, 32, WIDTHS, pixel_block=b), lambda b: Discriminator(32, WIDTHS, pixel_block=b))
+    )
+    assert len(G.stages) == len(D.stages) == 4 - [1, 2, 4].index(pixel_block)
+    images = G(torch.randn(2, 8))
+    assert images.shape == (2, 3, 32, 32)
+    assert D(images).shape == (2, 1, 4, 4)
+
+
+def test_last_layer_cannot_make_a_checkerboard_inside() -> None:
+    layer = ConvToPixels(4, 3, 2)
+    with torch.no_grad():
+        layer[0].weight.normal_()
+    images = layer(torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8))[..., 4:-4, 4:-4]
+    assert images.std() < 1e-5
 
 
 def test_conditioning_reaches_both_networks() -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from vgan.models.layers import (
     AdaptiveAttention2d,
     BiasLeakyReLU,
+    ConvToPixels,
     ResidualBlock,
     SelfAttention2d,
-    conv_to_pixels,
     count_stages,
     init_conv,
     upsample2x,
@@ -113,7 +113,7 @@ class Generator(nn.Module):
             if i + 1 < stages:  # mixed before upsampling, where it costs a quarter
                 self.transitions.append(init_conv(nn.Conv2d(width, widths[i + 1], 1, bias=False), gain=1))
         self.act = BiasLeakyReLU(widths[stages - 1])
-        self.to_rgb = conv_to_pixels(widths[stages - 1], img_channels, pixel_block)
+        self.to_rgb = ConvToPixels(widths[stages - 1], img_channels, pixel_block)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         x = self.input(z, c)  # (N, widths[0], 4, 4)
@@ -157,7 +157,7 @@ class PlainGenerator(nn.Module):
                 layers += [init_conv(nn.Conv2d(width, widths[i], 3, padding=1), gain=math.sqrt(2)), nn.ReLU()]
                 width = widths[i]
         self.body = nn.Sequential(*layers)
-        self.to_rgb = conv_to_pixels(width, img_channels, pixel_block)
+        self.to_rgb = ConvToPixels(width, img_channels, pixel_block)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         return self.to_rgb(self.body(self.input(z, c))).tanh()

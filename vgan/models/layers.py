@@ -40,16 +40,28 @@ def count_stages(img_resolution: int, img_channels: int, widths: Sequence[int], 
     return stages
 
 
-def conv_to_pixels(channels: int, img_channels: int, pixel_block: int) -> nn.Sequential:
+class ConvToPixels(nn.Sequential):
     """The last layer of a generator: (N, channels, H, W) -> (N, img_channels, H pixel_block, W pixel_block).
 
-    Sub-pixel convolution (Shi et al. 2016); the pixels of a block start with equal weights, so that training does not begin
-    from a checkerboard (Aitken et al. 2017).
+    Sub-pixel convolution (Shi et al. 2016). The pixels of a block start with equal weights, so that training does not begin
+    from a checkerboard (Aitken et al. 2017), and a [1, 2, 1] filter, which is 0 at that frequency, keeps it from growing later: it
+    was plain to see in the grounds of the embedded shapes.
     """
-    conv = init_conv(nn.Conv2d(channels, img_channels * pixel_block**2, 3, padding=1), gain=1)
-    with torch.no_grad():
-        conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(pixel_block**2, dim=0))
-    return nn.Sequential(conv, nn.PixelShuffle(pixel_block) if pixel_block > 1 else nn.Identity())
+
+    def __init__(self, channels: int, img_channels: int, pixel_block: int) -> None:
+        conv = init_conv(nn.Conv2d(channels, img_channels * pixel_block**2, 3, padding=1), gain=1)
+        with torch.no_grad():
+            conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(pixel_block**2, dim=0))
+        super().__init__(conv, *([nn.PixelShuffle(pixel_block), Smooth()] if pixel_block > 1 else []))
+
+
+class Smooth(nn.Module):
+    """The filter [1, 2, 1] in both directions, the border repeated. Shape kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+        kernel = (taps[:, None] * taps[None, :]).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
 class SeparableConv2d(nn.Module):
