@@ -108,10 +108,8 @@ def test_whole_image_receptive_field_and_single_logit() -> None:
 
 @pytest.mark.parametrize("pixel_block", [1, 2, 4])
 def test_pixel_blocks_give_the_same_picture_and_grid_with_fewer_stages(pixel_block: int) -> None:
-    G, D = (
-        make(pixel_block)
-        for make in (lambda b: Generator(8, 32, WIDTHS, pixel_block=b), lambda b: Discriminator(32, WIDTHS, pixel_block=b))
-    )
+    G = Generator(8, 32, WIDTHS, pixel_block=pixel_block)
+    D = Discriminator(32, WIDTHS, pixel_block=pixel_block)
     assert len(G.stages) == len(D.stages) == 4 - [1, 2, 4].index(pixel_block)
     images = G(torch.randn(2, 8))
     assert images.shape == (2, 3, 32, 32)
@@ -123,7 +121,7 @@ def test_last_layer_cannot_make_a_checkerboard_inside() -> None:
     with torch.no_grad():
         layer[0].weight.normal_()
     images = layer(torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8))[..., 4:-4, 4:-4]
-    assert images.std() < 1e-5
+    assert images.std((2, 3)).max() < 1e-5
 
 
 def test_conditioning_reaches_both_networks() -> None:

@@ -44,8 +44,8 @@ class ConvToPixels(nn.Sequential):
     """The last layer of a generator: (N, channels, H, W) -> (N, img_channels, H pixel_block, W pixel_block).
 
     Sub-pixel convolution (Shi et al. 2016). The pixels of a block start with equal weights, so that training does not begin
-    from a checkerboard (Aitken et al. 2017), and a [1, 2, 1] filter, which is 0 at that frequency, keeps it from growing later: it
-    was plain to see in the grounds of the embedded shapes.
+    from a checkerboard (Aitken et al. 2017), and a [1, 2, 1] filter, which is 0 at that frequency, keeps it from growing
+    later: it was plain to see in the grounds of the embedded shapes.
     """
 
     def __init__(self, channels: int, img_channels: int, pixel_block: int) -> None:
