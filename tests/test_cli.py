@@ -84,7 +84,7 @@ def test_train_writes_the_run_folder_then_is_complete_then_samples(run: Cli, tmp
     ticks = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     assert [t["cur_nimg"] for t in ticks] == [16, 32]
     wanted = "loss/D loss/G logits/real logits/fake penalty/r1 penalty/r2 grad_norm/D grad_norm/G"
-    wanted += " lr_G lr_D gamma augment_p speed/img_per_s"
+    wanted += " memory/peak_gb lr_G lr_D gamma augment_p speed/img_per_s"
     assert set(wanted.split()) <= ticks[0].keys()
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     code, out, _ = run.train(*TINY, "run_dir=outputs/mine")
@@ -157,8 +157,9 @@ def test_sweep_gives_every_job_a_folder(run: Cli, tmp_path: Path) -> None:
 def test_help_explains_every_group_option_and_key(run: Cli) -> None:
     code, out, _ = run.train("--help")
     assert code == 0
-    for f in TrainConfig.__dataclass_fields__:
-        assert re.search(rf"^  {f}\b", out, re.M) or (CONFIG_DIR / f).is_dir() or f in ("optim", "ema")
+    for f in (*TrainConfig.__dataclass_fields__, "optim.lr_G", "loss.gamma", "size.g_widths", "ema.ramp"):
+        assert re.search(rf"^  {f} ", out, re.M), f
+    assert re.search(r"data.skip_bad +true leaves unreadable", out)
     for path in CONFIG_DIR.glob("*/*.yaml"):
         line = next(x for x in out.splitlines() if x.startswith(f"  {path.parent.name}={path.stem} "))
         assert len(line.split(maxsplit=1)[1]) > 8, f"{path.name} begins with no explanation"
@@ -293,7 +294,7 @@ def test_checkpoint_of_another_model_or_of_other_data_is_refused(run: Cli, tmp_p
 
 
 def test_changed_settings_are_shown(run: Cli) -> None:
-    run.train(*TINY, "run_dir=r")
+    run.train(*TINY, "run_dir=r", "optim.lr_G.start=0.002")
     _, out, _ = run.train(*TINY, "run_dir=r", "total_kimg=0.048", "optim.lr_G.start=0.01")
     assert "changed since the checkpoint: optim.lr_G.start was 0.002, is now 0.01" in out
 

@@ -4,7 +4,7 @@ Hydra merges the YAML into these dataclasses, so that a wrong key or type is ref
 what types cannot say. The text behind each key is what `--help` prints.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
 def key(text: str, default: Any = MISSING) -> Any:
-    """A dataclass field whose `text` explains it in --help."""
+    """A dataclass field whose `text` explains it in --help; a class as default makes it a node of its own."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -35,50 +37,50 @@ class Ramp:
 @dataclass
 class SizeConfig:
     name: str = MISSING
-    z_dim: int = MISSING
-    embed_dim: int = MISSING
-    g_widths: list[int] = MISSING
-    d_widths: list[int] = MISSING
-    blocks: int = MISSING
-    expansion: int = MISSING
-    pixel_block: int = MISSING
-    attention_resolutions: list[int] = MISSING
+    z_dim: int = key("length of the latent vector")
+    embed_dim: int = key("length of the class embeddings")
+    g_widths: list[int] = key("generator's channels at 4, 8, 16, ... px")
+    d_widths: list[int] = key("discriminator's channels at 4, 8, 16, ... px")
+    blocks: int = key("residual blocks a stage")
+    expansion: int = key("times wider inside a residual block")
+    pixel_block: int = key("pixels a side that one finest feature holds: 1, 2 or 4")
+    attention_resolutions: list[int] = key("px of the stages that get attention, where the model has it")
 
 
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    generator: dict[str, Any] = MISSING
-    discriminator: dict[str, Any] = MISSING
+    generator: dict[str, Any] = key("_target_ and arguments of the generator")
+    discriminator: dict[str, Any] = key("likewise; patch_px bounds what a logit sees, logits_px=1 judges the image as one")
 
 
 @dataclass
 class LossConfig:
     name: str = MISSING
-    gamma: Ramp = field(default_factory=Ramp)
-    penalty_every: int = MISSING
+    gamma: Ramp = key("strength of the gradient penalties R1 and R2, .start and .end", Ramp)
+    penalty_every: int = key("steps between two penalties; each counts as many times more")
 
 
 @dataclass
 class AugmentConfig:
     name: str = MISSING
-    transforms: list[str] = MISSING
-    p: Ramp = field(default_factory=Ramp)
+    transforms: list[str] = key("some of flip, translation, cutout, colour")
+    p: Ramp = key("probability of each transform for a picture, .start and .end", Ramp)
 
 
 @dataclass
 class OptimConfig:
-    optimizer: dict[str, Any] = MISSING
-    lr_G: Ramp = field(default_factory=Ramp)
-    lr_D: Ramp = field(default_factory=Ramp)
-    beta1: float = MISSING
-    beta2: Ramp = field(default_factory=Ramp)
+    optimizer: dict[str, Any] = key("_target_ and arguments of the optimizer")
+    lr_G: Ramp = key("learning rate of the generator, .start and .end", Ramp)
+    lr_D: Ramp = key("learning rate of the discriminator, .start and .end", Ramp)
+    beta1: float = key("Adam's momentum")
+    beta2: Ramp = key("Adam's second decay, .start and .end", Ramp)
 
 
 @dataclass
 class EmaConfig:
-    halflife_kimg: float = MISSING
-    ramp: float = MISSING
+    halflife_kimg: float = key("half-life of the generator's running average, in thousands of images")
+    ramp: float = key("half-life at most this share of the images so far; 0: no ramp")
 
 
 @dataclass
@@ -98,13 +100,13 @@ class TrainConfig:
     snapshot_kimg: float = key("a grid of fakes is written every so many thousand images")
     checkpoint_kimg: float = key("a checkpoint is written every so many thousand images")
     keep_checkpoints: int = key("the newest so many checkpoints stay on disk")
-    model: ModelConfig = field(default_factory=ModelConfig)
-    size: SizeConfig = field(default_factory=SizeConfig)
-    data: dict[str, Any] = field(default_factory=dict)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
+    model: ModelConfig = key("the networks", ModelConfig)
+    size: SizeConfig = key("how large they are", SizeConfig)
+    data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
+    loss: LossConfig = key("what the two networks are trained for", LossConfig)
+    augment: AugmentConfig = key("changes to the pictures before the discriminator sees them", AugmentConfig)
+    optim: OptimConfig = key("how the weights move", OptimConfig)
+    ema: EmaConfig = key("the averaged generator, which makes the pictures", EmaConfig)
 
 
 @dataclass
@@ -121,11 +123,15 @@ class SampleConfig:
     device: str = key("auto, cpu, cuda, cuda:1, mps")
 
 
-def help_lines(schema: type) -> list[str]:
-    """'key  explanation' for every explained key of a schema."""
-    explained = [f for f in fields(schema) if "help" in f.metadata]
-    width = max(len(f.name) for f in explained)
-    return [f"  {f.name:<{width}}  {f.metadata['help']}" for f in explained]
+def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
+    """(key, explanation) for every explained key of a schema, nested ones too, in their order."""
+    pairs = []
+    for f in fields(schema):
+        if "help" in f.metadata:
+            pairs.append((prefix + f.name, f.metadata["help"]))
+        if is_dataclass(f.type) and f.type is not Ramp:
+            pairs += explained_keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+    return pairs
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:

@@ -1,6 +1,7 @@
 """vgan-train's room: set up, resume, loop."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,11 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from vgan import build, checkpoint
 from vgan.config import validate
@@ -224,6 +230,9 @@ class Watch:
         values = {"speed/img_per_s": rate, "speed/session_s": now - self._start}
         if device.type == "cuda":
             values["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        elif resource is not None:
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+            values["memory/peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         return values
 
 

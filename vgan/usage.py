@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
-from vgan.config import CONFIG_DIR, TrainConfig, help_lines
+from vgan.config import CONFIG_DIR, TrainConfig, explained_keys
 
 TRAIN_INTRO = """vgan-train: fit a GAN to pictures.
 
@@ -23,16 +23,22 @@ SAMPLE_INTRO = """vgan-sample: make pictures with a trained model.
 
 
 def help_text(schema: type, intro: str) -> str:
-    """The text of --help: groups with their options, then every key; both read from where they are defined."""
+    """The text of --help: groups with their options, then every key; all read from where they are defined."""
     parts = [intro, ""]
     if schema is TrainConfig:
         parts.append("Groups (GROUP=OPTION):")
         for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir()):
             for path in sorted(folder.glob("*.yaml")):
-                parts.append(f"  {folder.name}={path.stem:<16} {_first_comment(path.read_text(encoding='utf-8'))}")
+                text = path.read_text(encoding="utf-8")
+                parts.append(f"  {f'{folder.name}={path.stem}':<22} {_first_comment(text)}")
+                if folder.name == "data":
+                    node = text.partition("\ndata:")[2].partition("\n\n")[0]
+                    parts += [f"      data.{name:<12} {why}" for name, why in re.findall(r"^  (\w+): .*?# (.*)$", node, re.M)]
         parts.append("")
-    parts += ["Keys (KEY=VALUE):", *help_lines(schema), ""]
-    parts.append("--cfg job prints every value, the nested ones too (such as optim.lr_G.start=1e-3), and trains nothing.")
+    keys = explained_keys(schema)
+    width = max(len(name) for name, _ in keys)
+    parts += ["Keys (KEY=VALUE):", *(f"  {name:<{width}}  {why}" for name, why in keys), ""]
+    parts.append("--cfg job prints every value that a command would use, and trains nothing.")
     return "\n".join(parts)
 
 
