@@ -144,10 +144,11 @@ class Oracle:
 
     A picture is split into ground (the median of its border) and figure, whose colour is the nearest of the eight. The
     figure's cover is compared with every shape of the same area at the same place in every turn, by intersection over union.
-    What overlaps by less than `threshold`, is not of one colour, or not of a size that `Shapes` draws, is not recognised.
+    What overlaps by less than `threshold`, is not of one colour, or not of a size that `Shapes` draws, is not recognised. The
+    default lets through all renderings (0.85 and more) and all that are softened over 3 px, but few over 5 px.
     """
 
-    def __init__(self, resolution: int, threshold: float = 0.8, step_degrees: float = 6.0) -> None:
+    def __init__(self, resolution: int, threshold: float = 0.75, step_degrees: float = 6.0) -> None:
         self._size, self._threshold = resolution, threshold
         period = {"circle": 0, "ring": 0, "square": 90, "plus": 90, "triangle": 120, "star": 72}
         turns = [(k, t) for k, name in enumerate(SHAPE_NAMES) for t in np.arange(0, max(1, period.get(name, 360)), step_degrees)]
