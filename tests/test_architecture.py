@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
     {"errors"},
-    {"config", "device", "distributed", "images", "randomness"},  # the ground
+    {"config", "device", "distributed", "images", "randomness", "stopping"},
     {"augment", "data", "ema", "losses", "models", "penalties", "schedules"},
     {"build", "checkpoint", "stats", "steps", "usage"},
     {"sample", "train"},

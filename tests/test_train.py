@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from vgan import checkpoint
-from vgan.train import StopRequest, due
+from vgan.stopping import StopRequest
+from vgan.train import due
 
 TINY = [
     "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]", "batch_size=8",

@@ -1,8 +1,6 @@
 """vgan-train's room: set up, resume, loop."""
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,6 +32,7 @@ from vgan.randomness import Streams
 from vgan.schedules import cosine, ema_decay
 from vgan.stats import Journal, Stats
 from vgan.steps import Moment, Recipe, State, d_step, g_step
+from vgan.stopping import Stopped, StopRequest
 
 GRID_PICTURES = 64
 # Settings that say where, how long and how often, not what is learned: they change on resume without a word.
@@ -131,7 +130,7 @@ def resume(run: Run) -> int:
     return int(parts["cur_nimg"])
 
 
-def loop(run: Run, cur_nimg: int, stop: "StopRequest") -> None:
+def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
     """The training loop. Time is counted in images; intervals need not divide by the batch size."""
     config, state, recipe = run.config, run.state, run.recipe
     batch_size, total_nimg, ema = config["batch_size"], _total_nimg(config), config["ema"]
@@ -185,35 +184,6 @@ def compile_networks(state: State) -> None:
     state.D.compile()
     if hasattr(state.D, "jvp"):
         state.D.jvp = torch.compile(state.D.jvp)  # type: ignore
-
-
-class Stopped(SystemExit):
-    """A run that was asked to stop and has saved; exit code 130, as for any program that Ctrl-C ended."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(130)
-        self.text = text
-
-
-class StopRequest:
-    """While active, the first Ctrl-C (or SIGTERM) asks for a stop after the step; the second acts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
-            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(number, self._before[number])
 
 
 class Watch:
