@@ -3,11 +3,12 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -36,10 +37,17 @@ def sample_main() -> None:
 def _train(cfg: DictConfig) -> None:
     from vgan.train import train  # after the command line was understood: torch imports slowly
 
-    job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:  # each job of a sweep gets a folder of its own
-        cfg.run_dir = f"{cfg.run_dir}/{re.sub(r'[^A-Za-z0-9=.,+_-]', '_', job.job.override_dirname) or 'run'}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.run_dir = f"{cfg.run_dir}/{_sweep_name(sys.argv[1:], HydraConfig.get().overrides.task)}"
     train(cfg)
+
+
+def _sweep_name(argv: Sequence[str], job: Sequence[str]) -> str:
+    """The folder of one job of a sweep: the overrides that differ between the jobs."""
+    parsed = OverridesParser.create().parse_overrides([a for a in argv if "=" in a])
+    swept = {o.key_or_group for o in parsed if o.is_sweep_override()}
+    named = ",".join(o for o in job if o.partition("=")[0] in swept)
+    return re.sub(r"[^A-Za-z0-9=.,+_-]", "_", named) or "job"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="sample")

@@ -32,7 +32,8 @@ class State:
 
     def load_parts(self, parts: dict[str, Any]) -> None:
         for name in self.__dataclass_fields__:
-            getattr(self, name).load_state_dict(parts[name])
+            if parts[name]:  # empty for a scaler of a run that was not in fp16
+                getattr(self, name).load_state_dict(parts[name])
 
 
 @dataclass(frozen=True)

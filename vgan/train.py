@@ -116,12 +116,11 @@ def resume(run: Run) -> int:
     parts = checkpoint.load(found[-1])
     before, now = _flat(parts["config"]), _flat(run.config)
     changed = [k for k in now.keys() | before.keys() if before.get(k) != now.get(k) and k.split(".")[0] not in _FREE]
-    other = [k for k in sorted(changed) if k.startswith("model.") and k != "model.name"]
+    other = [k for k in sorted(changed) if k.startswith(("model.", "optim.optimizer._target_")) and k != "model.name"]
     if other:
-        k = other[0]
-        raise UserError(
-            f"run_dir={run.run_dir}: holds another model ({k} was {before.get(k)}, is now {now.get(k)}); use another run_dir"
-        )
+        k, where = other[0], f"run_dir={run.run_dir}"
+        what = f"{k} was {before.get(k)}, is now {now.get(k)}"
+        raise UserError(f"{where}: holds another model or optimizer ({what}); use another run_dir")
     if parts["data"]["digest"] != run.dataset.digest:
         raise UserError(f"run_dir={run.run_dir}: was trained on other data ({parts['data']['name']}); use another run_dir")
     for k in sorted(changed):
@@ -167,6 +166,7 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
     finally:
         bar.close()
         journal.close()
+        feed.close()
     if cur_nimg < total_nimg:
         raise Stopped(f"stopped at {cur_nimg:,} images and saved; the same command goes on")
     print0(f"Done: {cur_nimg:,} images.\n{_next_commands(run.run_dir)}")
