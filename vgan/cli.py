@@ -1,9 +1,10 @@
 """The door: one hydra.main for each console script, and errors as one line."""
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig
 from vgan.errors import UserError
+from vgan.stopping import Stopped
 from vgan.usage import SAMPLE_INTRO, TRAIN_INTRO, help_text, is_out_of_memory, usage_line
 
 _STORE = ConfigStore.instance()
@@ -39,7 +41,8 @@ def _train(cfg: DictConfig) -> None:
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_dir = f"{cfg.run_dir}/{_sweep_name(sys.argv[1:], HydraConfig.get().overrides.task)}"
-    train(cfg)
+    with _one_line_errors("vgan-train", TrainConfig):
+        train(cfg)
 
 
 def _sweep_name(argv: Sequence[str], job: Sequence[str]) -> str:
@@ -54,18 +57,29 @@ def _sweep_name(argv: Sequence[str], job: Sequence[str]) -> str:
 def _sample(cfg: DictConfig) -> None:
     from vgan.sample import sample
 
-    sample(cfg)
+    with _one_line_errors("vgan-sample", SampleConfig):
+        sample(cfg)
 
 
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:
-    """Run `room` and turn what a user can mend into one line: exit code 2 for usage, 1 for the rest."""
+    """Show help, or go through `room`."""
     sys.argv[0] = program
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(schema, intro))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here
-    try:
+    with _one_line_errors(program, schema):
         room()
+
+
+@contextlib.contextmanager
+def _one_line_errors(program: str, schema: type) -> Iterator[None]:
+    """Turn what a user can mend into one line and an exit: code 2 for usage, 1 for the rest.
+
+    Used around composing and again inside each job, because Hydra announces an exception that leaves a job in lines of its own.
+    """
+    try:
+        yield
     except UserError as e:
         _fail(program, str(e), 1)
     except (HydraException, OmegaConfBaseException) as e:
@@ -83,10 +97,9 @@ def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> N
         if not is_out_of_memory(e):
             raise
         _fail(program, "out of memory; try a smaller batch_size, size=s or size=xs, or a lower data.resolution", 1)
-    except SystemExit as e:
-        if hasattr(e, "text"):
-            print(f"{program}: {e.text}")
-        raise
+    except Stopped as e:
+        print(f"{program}: {e.text}")
+        raise SystemExit(e.code) from None  # said once, not again further out
 
 
 def _fail(program: str, text: str, code: int) -> None:
