@@ -188,7 +188,8 @@ def test_console_scripts_exist_and_compose_without_training(tmp_path: Path) -> N
         ("batch_size=", "batch_size"),
         ("size.g_widths=5", "g_widths"),
         ("size=3", "size=3: no such option; use one of l, m, s, xs"),
-        ("nonsense", "nonsense"),
+        ("loss.gamma=3", "loss.gamma=3: has two ends; give loss.gamma.start and loss.gamma.end"),
+        ("nonsense", "nonsense: cannot be understood; give KEY=VALUE"),
     ],
 )
 def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str, says: str) -> None:
@@ -202,6 +203,7 @@ def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str,
     [
         ("batch_size=0", "batch_size=0: must be above 0"),
         ("total_kimg=-1", "total_kimg=-1"),
+        ("total_kimg=1e-9", "total_kimg=1e-09: must be at least 0.001"),
         ("seed=-1", "seed=-1: must be 0 or above"),
         ("precision=fp8", "precision=fp8: must be one of auto, fp32"),
         ("precision=fp16", "precision=fp16: needs a CUDA GPU"),

@@ -152,6 +152,7 @@ def validate(cfg: Any) -> None:
         "schedule_kimg",
     ):
         require(cfg[name] > 0, name, cfg[name], "must be above 0")
+    require(cfg.total_kimg >= 0.001, "total_kimg", cfg.total_kimg, "must be at least 0.001, which is one image")
     for name in ("seed", "threads"):
         require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")

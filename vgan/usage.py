@@ -72,6 +72,10 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
             close = difflib.get_close_matches(name, _known_keys(schema), 1, 0.6)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys, --cfg job the nested ones"
             return f"{override}: unknown key {name}; {hint}"
+        if "is not a subclass of Ramp" in text and f"full_key: {name}" in text:
+            return f"{override}: has two ends; give {name}.start and {name}.end"
+        if override in text and "Error parsing override" in text:
+            return f"{override}: cannot be understood; give KEY=VALUE, with quotes around what the shell would change"
         if f"full_key: {name}" in text and name:
             return f"{override}: {str(causes[-1]).splitlines()[0]}"
     bad = next((a for a in argv if a in text), None)
