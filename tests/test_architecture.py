@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
-    {"errors"},
-    {"config", "device", "distributed", "images", "randomness", "stopping"},
+    {"distributed", "errors"},
+    {"config", "device", "images", "randomness", "stopping"},
     {"augment", "data", "ema", "losses", "models", "penalties", "schedules"},
     {"build", "checkpoint", "stats", "steps", "usage"},
     {"sample", "train"},

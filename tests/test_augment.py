@@ -45,7 +45,8 @@ def test_probability_is_a_share_of_pictures_and_draws_belong_to_the_image() -> N
     assert abs(float(changed.float().mean()) - 0.3) < 0.03
     part = augment(x[:10], 0.3, Streams(0, 100, 10), "real")
     assert torch.equal(part, augment(x, 0.3, Streams(0, 0, 4000), "real")[100:110])
-    assert augment(x, 0.0, Streams(0, 0, 4000), "real") is x
+    assert torch.equal(augment(x, 0.0, Streams(0, 0, 4000), "real"), x)
+    assert torch.equal(augment(x, torch.tensor(0.3), Streams(0, 0, 4000), "real")[100:110], part)
 
 
 def test_unknown_transform_is_named() -> None:

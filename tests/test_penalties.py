@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from vgan.models.discriminator import Discriminator
-from vgan.penalties import logits_and_penalty
+from vgan.penalties import difference, exact, forward
 from vgan.randomness import Streams
 
 
@@ -45,10 +45,37 @@ def test_estimate_equals_the_exact_mean_over_patches(generator: torch.Generator)
     draws = 4000
     v = Streams(0, 0, draws).signs("tangent", x.numel()).double().view(draws, *x.shape[1:])
     with torch.no_grad():
-        _, estimates = logits_and_penalty(D, x.expand(draws, -1, -1, -1), c.expand(draws, -1), v)
+        _, estimates = forward(D, x.expand(draws, -1, -1, -1), c.expand(draws, -1), v)
     error = float(estimates.std()) / draws**0.5
     assert float(estimates.mean()) == pytest.approx(exact, abs=4 * error)
     assert error < 0.1 * exact
+
+
+@pytest.mark.parametrize("kw", [{}, {"logits_px": 1}])
+def test_exact_is_the_mean_over_patches_and_differentiates_once_more(kw: dict[str, object], generator: torch.Generator) -> None:
+    D = shaken_discriminator(**kw)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    c = torch.eye(3, dtype=torch.float64)[:2]
+    patches = D(x, c).flatten(1)
+    slopes = [torch.autograd.grad(p.sum(), x, create_graph=True)[0] for p in patches.unbind(1)]
+    expected = torch.stack([s.square().sum((1, 2, 3)) for s in slopes]).mean(0)
+    logits, penalty = exact(D, x.detach(), c, torch.zeros_like(x))
+    assert torch.allclose(logits.flatten(1), patches)
+    assert torch.allclose(penalty, expected)
+    weights = [D.from_rgb.weight, D.to_logit.weight]
+    for a, b in zip(torch.autograd.grad(penalty.sum(), weights), torch.autograd.grad(expected.sum(), weights)):
+        assert torch.allclose(a, b)
+
+
+def test_difference_comes_close_to_the_derivative(generator: torch.Generator) -> None:
+    """In float32, under an autocast to bf16 in which the two logits would cancel."""
+    D = shaken_discriminator().float()
+    x, v = (torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2))
+    c = torch.eye(3).repeat(3, 1)[:8]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, estimate = difference(D, x, c, v)
+    _, reference = forward(D, x, c, v)
+    assert torch.allclose(estimate, reference, rtol=0.1, atol=0.1 * float(reference.detach().mean()))
 
 
 def test_linear_discriminator_has_its_weights_norm_as_penalty() -> None:
@@ -59,6 +86,6 @@ def test_linear_discriminator_has_its_weights_norm_as_penalty() -> None:
             return 3 * x
 
     x = torch.zeros(2, 1, 1, 1)
-    logits, penalty = logits_and_penalty(Linear(), x + 5, torch.zeros(2, 0), torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
+    logits, penalty = forward(Linear(), x + 5, torch.zeros(2, 0), torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
     assert logits.flatten().tolist() == [15, 15]
     assert penalty.tolist() == [9, 9]

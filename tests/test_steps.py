@@ -1,15 +1,23 @@
 """One step of each network does what the algorithm says."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from vgan.augment import Augment
-from vgan.ema import ema_copy
+from vgan.augment import TRANSFORMS, Augment
+from vgan.data.feed import Feed
+from vgan.data.source import Dataset
+from vgan.device import missing_compiler
+from vgan.ema import ema_copy, update_ema
 from vgan.losses import LOSSES, RELATIVISTIC
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator
-from vgan.randomness import Streams
-from vgan.steps import Moment, Recipe, State, d_step, g_step
+from vgan.penalties import PENALTIES
+from vgan.randomness import Streams, signs, words
+from vgan.stats import Stats
+from vgan.steps import Moment, Recipe, State, compiled, d_forward, d_step, g_forward, g_step
 
 CPU = torch.device("cpu")
 NOW = Moment(lr_G=1e-2, lr_D=2e-2, beta2=0.95, gamma=3.0, augment_p=0.0)
@@ -85,6 +93,50 @@ def test_gradient_is_of_loss_plus_half_gamma_times_penalties() -> None:
     assert "penalty/r1" not in d_step(state, recipe(), NOW, REAL, C, streams, 0)
 
 
+def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
+    """Same statistics as plain steps; one graph for G and two for D, then none whatever changes."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = replace(recipe(), augment=Augment(list(TRANSFORMS)))
+    options = {"fullgraph": True, "dynamic": False, "backend": count}
+    whole = replace(plain, d_forward=torch.compile(d_forward, **options), g_forward=torch.compile(g_forward, **options))
+    ours, theirs = make_state(), make_state()
+    for step in range(6):
+        now = Moment(1e-3 / (step + 1), 2e-3 / (step + 1), 0.9 + 0.01 * step, 3.0 - 0.3 * step, 0.1 * step)
+        scalars = []
+        for state, how in ((ours, plain), (theirs, whole)):
+            streams, weight = Streams(0, 4 * step, 4), 2 * (step % 2)
+            of_d = d_step(state, how, now, REAL * (1 - 0.1 * step), C, streams, weight)
+            scalars.append(of_d | g_step(state, how, now, REAL, C, streams))
+        assert {k: v.item() for k, v in scalars[1].items()} == pytest.approx(
+            {k: v.item() for k, v in scalars[0].items()}, rel=1e-4
+        )
+        assert len(graphs) == (2 if step == 0 else 3)
+
+
+@pytest.mark.skipif(missing_compiler(CPU) is not None, reason="needs a C++ compiler")
+def test_compiled_random_numbers_are_the_same_to_the_last_bit() -> None:
+    torch._dynamo.reset()
+    index = torch.arange(2**33, 2**33 + 5)
+    draw = torch.compile(lambda i: (words(7, "z", i, 9), signs(7, "z", i, 40)), fullgraph=True)
+    for ours, plain in zip(draw(index), (words(7, "z", index, 9), signs(7, "z", index, 40))):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_every_penalty_trains(penalty: str) -> None:
+    state = make_state()
+    how = replace(recipe(), penalty=penalty)
+    scalars = d_step(state, how, NOW, REAL, C, Streams(0, 0, 4), 1)
+    assert scalars["penalty/r1"] > 0
+    assert scalars["grad_norm/D"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -101,3 +153,53 @@ def test_steps_on_a_gpu_agree_with_the_cpu(precision: str) -> None:
     for name in ("loss/D", "logits/real", "penalty/r1"):
         assert b[name].item() == pytest.approx(a[name].item(), rel=0.05, abs=0.02)
     assert torch.isfinite(g_step(on_gpu, there, NOW, REAL.to(device), C.to(device), Streams(0, 0, 4, device))["loss/G"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("hold", [True, False])
+def test_the_loop_never_waits_for_the_gpu(hold: bool) -> None:
+    """Feed, both steps, running average and statistics, with every synchronisation an error."""
+    device = torch.device("cuda")
+    state = make_state()
+    G, D = (net.to(device) for net in (state.G, state.D))
+    opts = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.9), fused=True) for net in (G, D)]
+    state = State(G, D, ema_copy(G), *opts, state.scaler_G, state.scaler_D)
+    how = replace(recipe(), augment=Augment(list(TRANSFORMS)), device=device, precision="bf16")
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    feed = Feed(Dataset("x", images, np.arange(40) % 2, ("a", "b"), ""), 4, 0, device, hold_on_device=hold)
+    stats = Stats()
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # allocations of the first steps may wait
+        try:
+            streams = Streams(0, 4 * step, 4, device)
+            real, c = feed.batch(4 * step)
+            stats.add(d_step(state, how, NOW, real, c, streams, 1))
+            stats.add(g_step(state, how, NOW, real, c, streams))
+            update_ema(state.G_ema, state.G, 0.9)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    feed.close()
+    assert all(torch.isfinite(torch.tensor(x)) for x in stats.means().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_compiled_steps_on_a_gpu_agree_with_plain_ones(cuda_graphs: bool) -> None:
+    torch._dynamo.reset()
+    device = torch.device("cuda")
+    plain = replace(recipe(), device=device)
+    states = [make_state() for _ in range(2)]
+    for state in states:
+        for net in (state.G, state.D, state.G_ema):
+            net.to(device)
+    recipes = (plain, compiled(plain, cuda_graphs))
+    for step in range(5):
+        scalars = []
+        for state, how in zip(states, recipes):
+            streams = Streams(0, 4 * step, 4, device)
+            a = d_step(state, how, NOW, REAL.to(device), C.to(device), streams, 1)
+            b = g_step(state, how, NOW, REAL.to(device), C.to(device), streams)
+            scalars.append({k: v.item() for k, v in (a | b).items()})
+        assert scalars[1] == pytest.approx(scalars[0], rel=0.01, abs=1e-3)

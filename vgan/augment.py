@@ -75,8 +75,8 @@ class Augment:
             raise ValueError(f"transforms={unknown}: unknown; use some of {', '.join(TRANSFORMS)}")
         self.transforms = tuple(transforms)
 
-    def __call__(self, images: Tensor, p: float, streams: Streams, name: str) -> Tensor:
-        if not self.transforms or p <= 0:
+    def __call__(self, images: Tensor, p: float | Tensor, streams: Streams, name: str) -> Tensor:
+        if not self.transforms:
             return images
         u = streams.uniform(f"augment_{name}", _DRAWS * len(self.transforms))
         for i, transform in enumerate(self.transforms):

@@ -17,6 +17,7 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+PENALTIES = ("forward", "exact", "difference")
 
 
 def key(text: str, default: Any = MISSING) -> Any:
@@ -92,6 +93,7 @@ class TrainConfig:
     device: str = key("auto, cpu, cuda, cuda:1, mps; auto takes the first accelerator there is")
     precision: str = key("auto, fp32, tf32, bf16 or fp16; auto takes bf16 where the hardware multiplies it fast")
     compile: str = key("auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton")
+    cuda_graphs: bool = key("with compile: replay each graph's kernels in one launch; more memory, for small networks")
     threads: int = key("CPU threads for torch; 0 leaves torch's own choice")
     total_kimg: float = key("length of the run in thousands of real images shown")
     batch_size: int = key("images a step")
@@ -103,6 +105,7 @@ class TrainConfig:
     model: ModelConfig = key("the networks", ModelConfig)
     size: SizeConfig = key("how large they are", SizeConfig)
     data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
+    penalty: str = key("forward (one tangent pass), exact (double backward) or difference (float32, for any network)")
     loss: LossConfig = key("what the two networks are trained for", LossConfig)
     augment: AugmentConfig = key("changes to the pictures before the discriminator sees them", AugmentConfig)
     optim: OptimConfig = key("how the weights move", OptimConfig)
@@ -156,6 +159,7 @@ def validate(cfg: Any) -> None:
     for name in ("seed", "threads"):
         require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
+    require(cfg.penalty in PENALTIES, "penalty", cfg.penalty, f"must be one of {', '.join(PENALTIES)}")
     require(str(cfg.compile).lower() in ("auto", "true", "false"), "compile", cfg.compile, "must be auto, true or false")
     require(cfg.size.z_dim > 0, "size.z_dim", cfg.size.z_dim, "must be above 0")
     require(cfg.size.blocks > 0, "size.blocks", cfg.size.blocks, "must be above 0")

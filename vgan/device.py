@@ -3,11 +3,15 @@
 import contextlib
 import ctypes
 import importlib.util
+import os
 import platform
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vgan.distributed import print0
 from vgan.errors import UserError
 
 
@@ -57,11 +61,33 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def pick_compile(name: str, device: torch.device) -> bool:
-    """'auto' compiles on CUDA where Triton is installed: on a CPU it was measured slower than plain torch."""
+    """Whether to compile. 'auto' does on CUDA: on a CPU it was measured slower than plain torch.
+
+    Where a compiler is missing, says so in one line, once, and the run goes on without.
+    """
     choice = name.lower()
-    if choice == "auto":
-        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return choice == "true"
+    if choice == "false" or (choice == "auto" and device.type != "cuda"):
+        return False
+    if missing := missing_compiler(device):
+        print0(f"compile={name}: not compiled, which costs speed only, as this machine lacks {missing}")
+        return False
+    return True
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile would need for this device and cannot find; None where nothing is missing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton (pip install triton)"
+    # Triton builds its launchers with a C compiler, the CPU's kernels are C++.
+    variable, names = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("c++", "g++", "clang++", "cl"))
+    if any(shutil.which(name) for name in (os.environ.get(variable), *names) if name):
+        return None
+    return f"a {'C' if variable == 'CC' else 'C++'} compiler ({names[1]})"
+
+
+def keep_compiled(folder: Path) -> None:
+    """Let torch.compile keep what it makes in `folder`, for the next run, unless the environment names another place."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

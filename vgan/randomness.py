@@ -29,6 +29,7 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
     return x0, x1, x2, x3
 
 
+@torch.compiler.assume_constant_result  # a graph takes the number, not the way to it
 def _stream_id(stream: str) -> int:
     return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "little")
 

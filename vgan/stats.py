@@ -20,9 +20,10 @@ class Stats:
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Take one step's scalars. A name need not come in every step."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name in values.keys() - self._sums.keys():
+            self._sums[name] = torch.zeros_like(values[name], dtype=torch.float32)
+        torch._foreach_add_([self._sums[name] for name in values], [value.detach().float() for value in values.values()])
+        for name in values:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:

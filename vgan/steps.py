@@ -1,7 +1,8 @@
 """One training step of each network: the algorithm, on one page."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from vgan.augment import Augment
 from vgan.device import autocast
 from vgan.losses import Loss
-from vgan.penalties import logits_and_penalty
+from vgan.penalties import PENALTIES
 from vgan.randomness import Streams
 
 Scalars = dict[str, Tensor]
@@ -37,18 +38,6 @@ class State:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What stays the same throughout a run."""
-
-    d_loss: Loss
-    g_loss: Loss
-    relativistic: bool  # whether g_loss looks at the reals' logits
-    augment: Augment
-    device: torch.device
-    precision: str
-
-
-@dataclass(frozen=True)
 class Moment:
     """The scheduled quantities at one cur_nimg."""
 
@@ -59,34 +48,94 @@ class Moment:
     augment_p: float
 
 
+class Knobs(NamedTuple):
+    """What a compiled loss reads of a moment: tensors, since a graph would be compiled anew for every other number."""
+
+    gamma: Tensor
+    augment_p: Tensor
+
+
+class Batch(NamedTuple):
+    """Reals (N, C, H, W) in [-1, 1], their one-hot classes (N, label_dim) and the batch's random numbers."""
+
+    real: Tensor
+    c: Tensor
+    streams: Streams
+
+
+def knobs_at(now: Moment, device: torch.device, penalty_weight: float) -> Knobs:
+    # filled by a kernel rather than copied from the host, which would wait for the device
+    return Knobs(*(torch.full((), x, device=device) for x in (now.gamma * penalty_weight, now.augment_p)))
+
+
+def d_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, penalize: bool) -> tuple[Tensor, Scalars]:
+    """What D minimises on a batch, and the step's statistics. One graph without breaks under torch.compile.
+
+    The penalties are taken where D looks, after augmentation.
+    """
+    real, c, streams = batch
+    with autocast(recipe.device, recipe.precision):
+        with torch.no_grad():
+            fake = G(streams.normal("z_d", G.z_dim), c).float()  # type: ignore[arg-type]
+        real = recipe.augment(real, knobs.augment_p, streams, "real")
+        fake = recipe.augment(fake, knobs.augment_p, streams, "fake_d")
+        images, cc = torch.cat([real, fake]), torch.cat([c, c])
+        if penalize:
+            v = streams.signs("tangent", 2 * real[0].numel())
+            v = torch.cat(v.chunk(2, dim=1)).view_as(images)
+            logits, slopes = PENALTIES[recipe.penalty](D, images, cc, v)
+        else:
+            logits, slopes = D(images, cc), None
+    logits_real, logits_fake = logits.float().chunk(2)
+    loss = recipe.d_loss(logits_real, logits_fake)
+    scalars = {"loss/D": loss.detach(), "logits/real": logits_real.detach().mean(), "logits/fake": logits_fake.detach().mean()}
+    if slopes is not None:
+        r1, r2 = (s.mean() for s in slopes.chunk(2))
+        loss = loss + knobs.gamma / 2 * (r1 + r2)
+        scalars |= {"penalty/r1": r1.detach(), "penalty/r2": r2.detach()}
+    return loss, scalars
+
+
+def g_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch) -> tuple[Tensor, Scalars]:
+    """What G minimises on a batch, and the step's statistics. One graph without breaks under torch.compile."""
+    real, c, streams = batch
+    with autocast(recipe.device, recipe.precision):
+        fake = G(streams.normal("z_g", G.z_dim), c).float()  # type: ignore[arg-type]
+        logits_fake = D(recipe.augment(fake, knobs.augment_p, streams, "fake_g"), c).float()
+        logits_real = logits_fake.detach()
+        if recipe.relativistic:
+            with torch.no_grad():
+                logits_real = D(recipe.augment(real, knobs.augment_p, streams, "real"), c).float()
+    loss = recipe.g_loss(logits_real, logits_fake)
+    return loss, {"loss/G": loss.detach()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What stays the same throughout a run."""
+
+    d_loss: Loss
+    g_loss: Loss
+    relativistic: bool  # whether g_loss looks at the reals' logits
+    augment: Augment
+    device: torch.device
+    precision: str
+    penalty: str = "forward"
+    d_forward: Callable[..., tuple[Tensor, Scalars]] = d_forward
+    g_forward: Callable[..., tuple[Tensor, Scalars]] = g_forward
+
+
 def d_step(
     state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams, penalty_weight: float
 ) -> Scalars:
     """Train D on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) against fakes of the same classes.
 
     penalty_weight: 0 leaves R1 and R2 out of this step; k where they are applied every k-th step, so that their mean
-    strength stays the same. The penalties are taken where D looks, after augmentation.
+    strength stays the same.
     """
     set_hyperparameters(state.opt_D, now.lr_D, now.beta2)
-    with autocast(recipe.device, recipe.precision):
-        with torch.no_grad():
-            fake = state.G(streams.normal("z_d", state.G.z_dim), c).float()  # type: ignore[arg-type]
-        real = recipe.augment(real, now.augment_p, streams, "real")
-        fake = recipe.augment(fake, now.augment_p, streams, "fake_d")
-        images, cc = torch.cat([real, fake]), torch.cat([c, c])
-        if penalty_weight > 0:
-            v = streams.signs("tangent", 2 * real[0].numel())
-            v = torch.cat(v.chunk(2, dim=1)).view_as(images)
-            logits, slopes = logits_and_penalty(state.D, images, cc, v)
-        else:
-            logits, slopes = state.D(images, cc), None
-    logits_real, logits_fake = logits.float().chunk(2)
-    loss = d_loss = recipe.d_loss(logits_real, logits_fake)
-    scalars = {"loss/D": d_loss, "logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
-    if slopes is not None:
-        r1, r2 = (s.mean() for s in slopes.chunk(2))
-        loss = d_loss + penalty_weight * now.gamma / 2 * (r1 + r2)
-        scalars |= {"penalty/r1": r1, "penalty/r2": r2}
+    knobs, batch = knobs_at(now, recipe.device, penalty_weight), Batch(real, c, streams)
+    loss, scalars = recipe.d_forward(state.G, state.D, recipe, knobs, batch, penalty_weight > 0)
     return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}
 
 
@@ -94,17 +143,11 @@ def g_step(state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, s
     """Train G to make fakes of classes c (N, label_dim) that D takes for the reals."""
     set_hyperparameters(state.opt_G, now.lr_G, now.beta2)
     state.D.requires_grad_(False)
-    with autocast(recipe.device, recipe.precision):
-        fake = state.G(streams.normal("z_g", state.G.z_dim), c).float()  # type: ignore[arg-type]
-        logits_fake = state.D(recipe.augment(fake, now.augment_p, streams, "fake_g"), c).float()
-        logits_real = logits_fake.detach()
-        if recipe.relativistic:
-            with torch.no_grad():
-                logits_real = state.D(recipe.augment(real, now.augment_p, streams, "real"), c).float()
-    loss = recipe.g_loss(logits_real, logits_fake)
+    knobs, batch = knobs_at(now, recipe.device, 0), Batch(real, c, streams)
+    loss, scalars = recipe.g_forward(state.G, state.D, recipe, knobs, batch)
     norm = _descend(state.G, state.opt_G, state.scaler_G, loss)
     state.D.requires_grad_(True)
-    return {"loss/G": loss, "grad_norm/G": norm}
+    return scalars | {"grad_norm/G": norm}
 
 
 def _descend(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
@@ -124,3 +167,13 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: floa
             group["lr"] = lr
         if "betas" in group:
             group["betas"] = (group["betas"][0], beta2)
+
+
+def compiled(recipe: Recipe, cuda_graphs: bool = False) -> Recipe:
+    """The recipe with its forward passes compiled: one graph for G, one for D, one more for D where penalties skip steps.
+
+    Later steps find them ready: whatever changes along the schedules enters as a tensor. cuda_graphs replays each
+    graph's kernels in one launch, at the price of memory that is kept.
+    """
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if cuda_graphs else None}
+    return replace(recipe, d_forward=torch.compile(d_forward, **options), g_forward=torch.compile(g_forward, **options))

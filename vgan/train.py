@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from vgan import build, checkpoint
 from vgan.config import validate
 from vgan.data.feed import Feed
 from vgan.data.source import Dataset
-from vgan.device import autocast, pick_compile, pick_device, pick_precision, prepare_process
+from vgan.data.store import default_cache_dir
+from vgan.device import autocast, keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
 from vgan.distributed import print0
 from vgan.ema import ema_copy, update_ema
 from vgan.errors import UserError
@@ -31,13 +32,13 @@ from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.randomness import Streams
 from vgan.schedules import cosine, ema_decay
 from vgan.stats import Journal, Stats
-from vgan.steps import Moment, Recipe, State, d_step, g_step
+from vgan.steps import Moment, Recipe, State, compiled, d_step, g_step
 from vgan.stopping import Stopped, StopRequest
 
 GRID_PICTURES = 64
 # Settings that say where, how long and how often, not what is learned: they change on resume without a word.
 _FREE = (
-    "run_dir", "device", "precision", "compile", "threads", "total_kimg", "tick_kimg", "snapshot_kimg",
+    "run_dir", "device", "precision", "compile", "cuda_graphs", "threads", "total_kimg", "tick_kimg", "snapshot_kimg",
     "checkpoint_kimg", "keep_checkpoints", "schedule_kimg", "data",
 )  # fmt: skip
 
@@ -73,7 +74,8 @@ def train(cfg: DictConfig) -> Path:
         return run.run_dir
     print0(_summary(run, cur_nimg))
     if pick_compile(config["compile"], device):
-        compile_networks(run.state)
+        keep_compiled(default_cache_dir() / "compiled")
+        run = replace(run, recipe=compiled(run.recipe, config["cuda_graphs"]))
     _start_folder(run.run_dir, config)
     with StopRequest() as stop:
         loop(run, cur_nimg, stop)
@@ -85,7 +87,7 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     optim, loss, augment = config["optim"], config["loss"], config["augment"]
     d_loss, g_loss = build.build_loss(loss["name"])
     transforms = build.build_augment(augment["transforms"])
-    recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision)
+    recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision, config["penalty"])
     ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {k: optim[k] for k in ("lr_G", "lr_D", "beta2")}
     schedules = {name: cosine(ramp["start"], ramp["end"], config["schedule_kimg"]) for name, ramp in ramps.items()}
 
@@ -155,7 +157,7 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
             last = cur_nimg >= total_nimg or stop.requested
             if last or due(config["tick_kimg"], before, cur_nimg):
                 means = stats.means()
-                journal.write(cur_nimg, means | asdict(now) | watch.lap(cur_nimg, recipe.device))
+                journal.write(cur_nimg, means | asdict(now) | watch.lap(cur_nimg, feed.waited_s, recipe.device))
                 bar.set_postfix_str(" ".join(f"{k} {means[f'loss/{k}']:.3f}" for k in "DG"))
             if last or due(config["snapshot_kimg"], before, cur_nimg):
                 fakes = _save_grid(run.run_dir / f"fakes-{cur_nimg:09d}.png", _draw(run, z, c))
@@ -178,26 +180,19 @@ def due(every_kimg: float, before: int, now: int) -> bool:
     return before // every_nimg < now // every_nimg
 
 
-def compile_networks(state: State) -> None:
-    """Compile the forward passes in place; names and values of the weights stay as they are."""
-    state.G.compile()
-    state.D.compile()
-    if hasattr(state.D, "jvp"):
-        state.D.jvp = torch.compile(state.D.jvp)  # type: ignore
-
-
 class Watch:
-    """Images a second, hours and memory at each tick."""
+    """Images a second, seconds, the share of them spent waiting for data, and memory at each tick."""
 
     def __init__(self, cur_nimg: int) -> None:
         self._start = self._then = time.perf_counter()
-        self._nimg = cur_nimg
+        self._nimg, self._waited_s = cur_nimg, 0.0
 
-    def lap(self, cur_nimg: int, device: torch.device) -> dict[str, float]:
+    def lap(self, cur_nimg: int, waited_s: float, device: torch.device) -> dict[str, float]:
         now = time.perf_counter()
-        rate = (cur_nimg - self._nimg) / max(now - self._then, 1e-9)
-        self._then, self._nimg = now, cur_nimg
-        values = {"speed/img_per_s": rate, "speed/session_s": now - self._start}
+        elapsed = max(now - self._then, 1e-9)
+        values = {"speed/img_per_s": (cur_nimg - self._nimg) / elapsed, "speed/session_s": now - self._start}
+        values["speed/waiting_for_data"] = (waited_s - self._waited_s) / elapsed
+        self._then, self._nimg, self._waited_s = now, cur_nimg, waited_s
         if device.type == "cuda":
             values["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         elif resource is not None:

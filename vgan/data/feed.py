@@ -1,5 +1,7 @@
 """The feed: the batch at any image count, as a pure function of (data, seed, cur_nimg)."""
 
+import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -10,31 +12,38 @@ from vgan.data.source import Dataset
 from vgan.images import to_float
 from vgan.randomness import permute
 
+AHEAD = 4  # batches that are being read while one is used
+
 
 class Feed:
     """Batches of a data set in a shuffled order that is computed, not drawn: it can be entered anywhere.
 
-    Image number i of the run is item permute(i mod N) of epoch i // N. On an accelerator the whole set is held as
-    uint8 if it takes less than half of the free memory (or as hold_on_device says); otherwise the next batch is
-    gathered ahead of need by one thread, through pinned memory.
+    Image number i of the run is item permute(i mod N) of epoch i // N. On a GPU the whole set is held as uint8 if it
+    takes less than half of the free memory (or as hold_on_device says). Otherwise threads read the next batches ahead of need,
+    row by row from the file: a mapped file would grow the process by every page it touched. `waited_s` counts the
+    seconds for which `batch` stood still for data.
     """
 
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, device: torch.device, hold_on_device: bool | None = None
     ) -> None:
         self._dataset, self._batch_size, self._seed, self._device = dataset, batch_size, seed, device
+        self._pin = device.type == "cuda"
+        self.waited_s = 0.0
+        self._one_hot = torch.eye(dataset.label_dim, device=device)
         self._labels = torch.from_numpy(dataset.labels)
         self._held: Tensor | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._ahead: tuple[int, Future[Tensor]] | None = None
-        if device.type == "cpu":
-            return
+        self._file: int | None = None
+        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}  # by cur_nimg
         if hold_on_device is None:
             hold_on_device = device.type == "cuda" and dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         if hold_on_device:
-            self._held = torch.from_numpy(np.ascontiguousarray(dataset.images)).to(device)
-        else:
-            self._pool = ThreadPoolExecutor(1)
+            self._held = torch.from_numpy(np.array(dataset.images)).to(device)
+            self._labels = self._labels.to(device)
+            return
+        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="feed")
+        if isinstance(dataset.images, np.memmap) and hasattr(os, "preadv"):
+            self._file = os.open(str(dataset.images.filename), os.O_RDONLY)
 
     def items(self, cur_nimg: int) -> Tensor:
         """Which items of the data set (N,) int64 the batch at cur_nimg holds."""
@@ -44,48 +53,60 @@ class Feed:
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
         """Images number cur_nimg .. cur_nimg + batch_size - 1 of the run, on the device.
 
-        Returns float32 (N, C, H, W) in [-1, 1], channels-last, and one-hot classes (N, label_dim).
+        Returns float32 (N, C, H, W) in [-1, 1], channels-last, and one-hot classes (N, label_dim). Nothing here waits for
+        the device: what is copied to it lies in pinned memory.
         """
-        items = self.items(cur_nimg)
         if self._held is not None:
-            pixels = self._held[items.to(self._device)]
+            items = self._to_device(self.items(cur_nimg))
+            pixels, labels = self._held[items], self._labels[items]
         else:
-            pixels = self._read_ahead(cur_nimg).to(self._device, non_blocking=True)
+            pixels, labels = (self._to_device(x) for x in self._read_ahead(cur_nimg))
         real = to_float(pixels.permute(0, 3, 1, 2))  # the memory below is channels-last already
-        return real, self._one_hot(self._labels[items]).to(self._device, non_blocking=True)
+        return real, self._one_hot[labels] if self._dataset.label_dim else real.new_zeros(len(real), 0)
 
     def reals(self, n: int) -> tuple[Tensor, Tensor]:
         """The first n pictures uint8 (n, C, H, W) and their labels (n,); classes take turns where there are any."""
         items = np.arange(min(n, len(self._dataset)))
         if self._dataset.label_dim > 1:
-            nth_of_class = np.zeros(len(self._labels), dtype=np.int64)
+            nth_of_class = np.zeros(len(self._dataset), dtype=np.int64)
             for label in range(self._dataset.label_dim):
                 mine = self._dataset.labels == label
                 nth_of_class[mine] = np.arange(mine.sum())
             items = np.lexsort((self._dataset.labels, nth_of_class))[:n]
         pixels = torch.from_numpy(np.ascontiguousarray(self._dataset.images[items]))
-        return pixels.permute(0, 3, 1, 2), self._labels[torch.from_numpy(items)]
+        return pixels.permute(0, 3, 1, 2), torch.from_numpy(self._dataset.labels[items])
 
     def close(self) -> None:
-        """End the reading thread, if there is one."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """End the reading threads, if there are any."""
+        if self._held is not None:
+            return
+        self._pool.shutdown(cancel_futures=True)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
-    def _one_hot(self, labels: Tensor) -> Tensor:
-        if not self._dataset.label_dim:
-            return torch.zeros(len(labels), 0)
-        return torch.nn.functional.one_hot(labels, self._dataset.label_dim).float()
+    def _to_device(self, x: Tensor) -> Tensor:
+        return (x.pin_memory() if self._pin and not x.is_pinned() else x).to(self._device, non_blocking=True)
 
-    def _gather(self, cur_nimg: int) -> Tensor:
-        pixels = torch.from_numpy(self._dataset.images[self.items(cur_nimg).numpy()])
-        return pixels.pin_memory() if self._device.type == "cuda" else pixels
+    def _gather(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
+        """The pixels uint8 (N, H, W, C) of the batch at cur_nimg, read into memory of their own, and its labels (N,)."""
+        images, items = self._dataset.images, self.items(cur_nimg)
+        labels = self._labels[items]
+        pixels = torch.empty((len(items), *images.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
+        if self._file is None:
+            pixels.numpy()[:] = images[items.numpy()]
+            return pixels, labels
+        row = images[0].nbytes
+        for into, i in zip(pixels.numpy(), items.tolist()):
+            if os.preadv(self._file, [into], images.offset + i * row) != row:  # type: ignore[attr-defined]
+                raise OSError(f"{images.filename}: was cut short while in use")  # type: ignore[attr-defined]
+        return pixels, labels
 
-    def _read_ahead(self, cur_nimg: int) -> Tensor:
-        """The pixels at cur_nimg, which were usually begun one call ago; begins the next."""
-        if self._pool is None:
-            return self._gather(cur_nimg)
-        begun = self._ahead
-        pixels = begun[1].result() if begun is not None and begun[0] == cur_nimg else self._gather(cur_nimg)
-        coming = cur_nimg + self._batch_size
-        self._ahead = coming, self._pool.submit(self._gather, coming)
-        return pixels
+    def _read_ahead(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
+        """Pixels and labels at cur_nimg, which were usually begun a few calls ago; begins those that follow."""
+        wanted = [cur_nimg + k * self._batch_size for k in range(AHEAD + 1)]
+        self._ahead = {n: self._ahead.get(n) or self._pool.submit(self._gather, n) for n in wanted}
+        start = time.perf_counter()
+        batch = self._ahead.pop(cur_nimg).result()
+        self.waited_s += time.perf_counter() - start
+        return batch
