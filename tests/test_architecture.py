@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
     {"distributed", "errors"},
-    {"config", "device", "images", "randomness", "stopping"},
+    {"config", "device", "images", "kernels", "randomness", "stopping"},
     {"augment", "data", "ema", "losses", "models", "penalties", "schedules"},
     {"build", "checkpoint", "stats", "steps", "usage"},
     {"sample", "train"},

@@ -94,6 +94,7 @@ class TrainConfig:
     precision: str = key("auto, fp32, tf32, bf16 or fp16; auto takes bf16 where the hardware multiplies it fast")
     compile: str = key("auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton")
     cuda_graphs: bool = key("with compile: replay each graph's kernels in one launch; more memory, for small networks")
+    depthwise: str = key("auto, torch or triton: what runs activation and depthwise convolution; triton needs an NVIDIA GPU")
     threads: int = key("CPU threads for torch; 0 leaves torch's own choice")
     total_kimg: float = key("length of the run in thousands of real images shown")
     batch_size: int = key("images a step")
@@ -159,6 +160,8 @@ def validate(cfg: Any) -> None:
     for name in ("seed", "threads"):
         require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
+    require(cfg.depthwise in ("auto", "torch", "triton"), "depthwise", cfg.depthwise, "must be auto, torch or triton")
+    require(cfg.depthwise != "triton" or cfg.penalty != "exact", "depthwise", "triton", "needs penalty=forward or difference")
     require(cfg.penalty in PENALTIES, "penalty", cfg.penalty, f"must be one of {', '.join(PENALTIES)}")
     require(str(cfg.compile).lower() in ("auto", "true", "false"), "compile", cfg.compile, "must be auto, true or false")
     require(cfg.size.z_dim > 0, "size.z_dim", cfg.size.z_dim, "must be above 0")

@@ -74,6 +74,20 @@ def pick_compile(name: str, device: torch.device) -> bool:
     return True
 
 
+def pick_depthwise(name: str, device: torch.device) -> str:
+    """'torch' or 'triton'. 'auto' is torch until the Triton kernel has been measured to make whole steps faster.
+
+    Raises UserError where Triton is asked for and cannot run.
+    """
+    if name != "triton":
+        return "torch"
+    if device.type != "cuda":
+        raise UserError(f"depthwise=triton: needs a CUDA GPU, the device is {device.type}; use auto")
+    if missing := missing_compiler(device):
+        raise UserError(f"depthwise=triton: this machine lacks {missing}; use auto")
+    return "triton"
+
+
 def missing_compiler(device: torch.device) -> str | None:
     """What torch.compile would need for this device and cannot find; None where nothing is missing."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:

@@ -22,13 +22,14 @@ from vgan.config import validate
 from vgan.data.feed import Feed
 from vgan.data.source import Dataset
 from vgan.data.store import default_cache_dir
-from vgan.device import autocast, keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
+from vgan.device import autocast, keep_compiled, pick_compile, pick_depthwise, pick_device, pick_precision, prepare_process
 from vgan.distributed import print0
 from vgan.ema import ema_copy, update_ema
 from vgan.errors import UserError
 from vgan.images import enlarge, grid, to_uint8, write_atomically, write_png, zoom_for
 from vgan.losses import RELATIVISTIC
 from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.models.layers import fuse_depthwise
 from vgan.randomness import Streams
 from vgan.schedules import cosine, ema_decay
 from vgan.stats import Journal, Stats
@@ -38,8 +39,8 @@ from vgan.stopping import Stopped, StopRequest
 GRID_PICTURES = 64
 # Settings that say where, how long and how often, not what is learned: they change on resume without a word.
 _FREE = (
-    "run_dir", "device", "precision", "compile", "cuda_graphs", "threads", "total_kimg", "tick_kimg", "snapshot_kimg",
-    "checkpoint_kimg", "keep_checkpoints", "schedule_kimg", "data",
+    "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "threads", "total_kimg", "tick_kimg",
+    "snapshot_kimg", "checkpoint_kimg", "keep_checkpoints", "schedule_kimg", "data",
 )  # fmt: skip
 
 
@@ -97,6 +98,9 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     dataset = build.build_dataset(config["data"])
     sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
     G, D = (network.to(device) for network in build.build_networks(config["model"], sizes, config["seed"]))
+    if pick_depthwise(config["depthwise"], device) == "triton":
+        for network in (G, D):
+            fuse_depthwise(network)
     betas = (optim["beta1"], optim["beta2"]["start"])
     opt_G = build.build_optimizer(optim["optimizer"], G, optim["lr_G"]["start"], betas)
     opt_D = build.build_optimizer(optim["optimizer"], D, optim["lr_D"]["start"], betas)

@@ -165,12 +165,14 @@ class ResidualBlock(nn.Module):
     """x + conv_b(act(conv_a(act(x)))): two 3x3 convolutions, `expansion` times wider between them. Shape kept.
 
     The last convolution starts at zero, the other is scaled down with the number of residual blocks, which replaces
-    normalisation (Zhang et al. 2019, "Fixup initialization").
+    normalisation (Zhang et al. 2019, "Fixup initialization"). `fuse_depthwise` sets whether activation and depthwise
+    convolution are one operator.
     """
 
     def __init__(self, channels: int, conv: str, expansion: int, num_blocks: int, second_conv: str | None = None) -> None:
         super().__init__()
         hidden = channels * expansion
+        self.fused = False
         self.act_a = BiasLeakyReLU(channels)
         self.conv_a = conv3x3(conv, channels, hidden)
         self.act_b = BiasLeakyReLU(hidden)
@@ -180,8 +182,25 @@ class ResidualBlock(nn.Module):
             last_layer(self.conv_b).weight.zero_()
 
     def forward(self, x: Tensor, pairs: bool = False) -> Tensor:
-        h = self.conv_a(self.act_a(x, pairs))
-        return x + self.conv_b(self.act_b(h, pairs))
+        h = self._activate_and_convolve(self.act_a, self.conv_a, x, pairs)
+        return x + self._activate_and_convolve(self.act_b, self.conv_b, h, pairs)
+
+    def _activate_and_convolve(self, act: BiasLeakyReLU, conv: nn.Module, x: Tensor, pairs: bool) -> Tensor:
+        if not (self.fused and isinstance(conv, SeparableConv2d)):
+            return conv(act(x, pairs))
+        from vgan.kernels import activated_depthwise  # needs Triton, which not every machine has
+
+        return conv.pointwise(activated_depthwise(x, act.bias, conv.depthwise.weight, LEAK, pairs))
+
+
+def fuse_depthwise(network: nn.Module, fused: bool = True) -> None:
+    """Let every residual block run activation and depthwise convolution as one Triton operator, or not. Weights stay as they are.
+
+    For NVIDIA GPUs with Triton; the operator can be differentiated once, which excludes penalty=exact.
+    """
+    for block in network.modules():
+        if isinstance(block, ResidualBlock):
+            block.fused = fused
 
 
 def last_layer(conv: nn.Module) -> nn.Conv2d:
