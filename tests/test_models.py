@@ -173,3 +173,37 @@ def test_multiply_adds_of_known_layers() -> None:
     assert count_multiply_adds(conv3x3("dense", 4, 6), x) == 64 * 4 * 6 * 9
     assert count_multiply_adds(conv3x3("separable", 4, 6), x) == 64 * (4 * 9 + 4 * 6)
     assert count_multiply_adds(SelfAttention2d(4, 4), x) == 64 * 4 * 16 + 2 * 64**2 * 4
+
+
+def test_backward_of_upsampling_is_the_same_for_the_compiler(generator: torch.Generator) -> None:
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    grad = torch.randn(2, 3, 8, 12, dtype=torch.float64, generator=generator)
+    compiled = torch.compile(upsample2x, fullgraph=True, backend="aot_eager")
+    for y in (upsample2x(x), compiled(x)):
+        assert torch.allclose(y[0, 0, 2, 0], 0.25 * x[0, 0, 0, 0] + 0.75 * x[0, 0, 1, 0])
+        (result,) = torch.autograd.grad(y, x, grad)
+        (expected,) = torch.autograd.grad(torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear"), x, grad)
+        assert torch.allclose(result, expected)
+
+
+@pytest.mark.parametrize("attention", ["self", "adaptive"])
+def test_under_autocast_every_layer_works_in_bf16_and_channels_last(attention: str) -> None:
+    G = Generator(16, 32, [64, 32, 16, 8], label_dim=3, attention=attention, blocks=2).to(memory_format=torch.channels_last)
+    D = Discriminator(32, [64, 32, 16, 8], label_dim=3, blocks=2).to(memory_format=torch.channels_last)
+    seen = []
+
+    def check(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.append(module)
+        for x in (out,) if module is D.from_rgb else (args[0], out):  # pictures come in float32
+            assert x.dtype == torch.bfloat16
+            assert x.is_contiguous(memory_format=torch.channels_last)
+
+    layers = [m for net in (G, D) for m in net.modules() if isinstance(m, (torch.nn.Conv2d, BiasLeakyReLU, SelfAttention2d))]
+    layers = [m for m in layers if m not in (D.to_logit,)]  # its bias is added apart, in float32
+    for layer in layers:
+        layer.register_forward_hook(check)
+    c = torch.eye(3)[[0, 1, 2, 0]]
+    with torch.autocast("cpu", torch.bfloat16):
+        images = G(torch.randn(4, 16), c).float()
+        D.jvp(images, c, torch.randn_like(images))
+    assert set(seen) == set(layers)

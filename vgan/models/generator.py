@@ -42,7 +42,8 @@ class LatentInput(nn.Module):
             if c is None:
                 raise ValueError(f"c=None: this generator knows {self.label_dim} classes; give one-hot c (N, {self.label_dim})")
             z = torch.cat([z, self.embed(c)], dim=1)
-        x = self.scale(z)[:, :, None, None] * self.basis
+        scale = self.scale(z)[:, :, None, None]
+        x = scale * self.basis.to(scale.dtype)  # under autocast: float32 here would go on through the whole first stage
         return x.contiguous(memory_format=torch.channels_last)
 
 
