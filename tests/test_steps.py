@@ -113,9 +113,8 @@ def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
             streams, weight = Streams(0, 4 * step, 4), 2 * (step % 2)
             of_d = d_step(state, how, now, REAL * (1 - 0.1 * step), C, streams, weight)
             scalars.append(of_d | g_step(state, how, now, REAL, C, streams))
-        assert {k: v.item() for k, v in scalars[1].items()} == pytest.approx(
-            {k: v.item() for k, v in scalars[0].items()}, rel=1e-4
-        )
+        plain_values, values = ({k: v.item() for k, v in s.items()} for s in scalars)
+        assert values == pytest.approx(plain_values, rel=1e-3, abs=1e-3)
         assert len(graphs) == (2 if step == 0 else 3)
 
 

@@ -13,6 +13,7 @@ from vgan.images import to_float
 from vgan.randomness import permute
 
 AHEAD = 4  # batches that are being read while one is used
+_BLOCK = 4096  # images whose order is worked out at once
 
 
 class Feed:
@@ -34,6 +35,7 @@ class Feed:
         self._labels = torch.from_numpy(dataset.labels)
         self._held: Tensor | None = None
         self._file: int | None = None
+        self._orders: dict[int, Tensor] = {}
         self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}  # by cur_nimg
         if hold_on_device is None:
             hold_on_device = device.type == "cuda" and dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
@@ -47,8 +49,18 @@ class Feed:
 
     def items(self, cur_nimg: int) -> Tensor:
         """Which items of the data set (N,) int64 the batch at cur_nimg holds."""
-        i, n = torch.arange(cur_nimg, cur_nimg + self._batch_size), len(self._dataset)
-        return permute(i % n, n, self._seed, i // n)
+        first, last = cur_nimg // _BLOCK, (cur_nimg + self._batch_size - 1) // _BLOCK
+        blocks = torch.cat([self._order(block) for block in range(first, last + 1)])
+        return blocks[cur_nimg - first * _BLOCK :][: self._batch_size]
+
+    def _order(self, block: int) -> Tensor:
+        """The items of images block * _BLOCK and on, _BLOCK of them; worked out together, since each alone costs as much."""
+        order = self._orders.get(block)
+        if order is None:
+            i, n = torch.arange(block * _BLOCK, (block + 1) * _BLOCK), len(self._dataset)
+            order = permute(i % n, n, self._seed, i // n)
+            self._orders = {k: v for k, v in self._orders.items() if block - 2 <= k <= block + 2} | {block: order}
+        return order
 
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
         """Images number cur_nimg .. cur_nimg + batch_size - 1 of the run, on the device.

@@ -24,6 +24,8 @@ class Discriminator(nn.Module):
     Sources: patches Isola et al. 2017 (pix2pix); projection conditioning, here for every patch, Miyato & Koyama 2018.
     """
 
+    memory_format = torch.channels_last  # all layers follow; another is for comparisons
+
     def __init__(
         self,
         img_resolution: int,
@@ -95,14 +97,17 @@ class Discriminator(nn.Module):
         return value, tangent
 
     def _run(self, x: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
-        x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=torch.channels_last))
+        x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=self.memory_format))
         for i, stage in enumerate(self.stages):
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x, pairs)
             if i < len(self.transitions):
                 x = self.transitions[i](downsample2x(x) if self.shrinks[i] else x)
         x = self.act(x, pairs)
-        if self.pool is not None:
+        if self.pool is not None and x.shape[2:] == self.pool.weight.shape[2:]:
+            # the convolution has a single output pixel: as a sum its backward took 0.1 instead of 1 ms on a CPU
+            x = (x * self.pool.weight[:, 0].to(x.dtype)).sum((2, 3), keepdim=True)
+        elif self.pool is not None:
             x = self.pool(x)
         return self._logits(x, c, pairs)
 

@@ -25,6 +25,8 @@ class LatentInput(nn.Module):
     embedded shapes each class had collapsed to one picture after 20,000 images.
     """
 
+    memory_format = torch.channels_last  # the whole network follows its input; another is for comparisons
+
     def __init__(self, z_dim: int, label_dim: int, width: int, embed_dim: int) -> None:
         super().__init__()
         self.label_dim = label_dim
@@ -44,7 +46,7 @@ class LatentInput(nn.Module):
             z = torch.cat([z, self.embed(c)], dim=1)
         scale = self.scale(z)[:, :, None, None]
         x = scale * self.basis.to(scale.dtype)  # under autocast: float32 here would go on through the whole first stage
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=self.memory_format)
 
 
 class GatedSelfAttention(nn.Module):
@@ -76,7 +78,7 @@ class Generator(nn.Module):
     forward(z, c): z (N, z_dim) ~ N(0, I); c (N, label_dim) one-hot, or None where label_dim is 0; returns
     (N, img_channels, img_resolution, img_resolution), where [-1, 1] is black to white (not clipped).
 
-    widths: channels at 4, 8, 16, ... px (more than needed are ignored). conv: 'dense' or 'separable'. attention:
+    widths: channels at 4, 8, 16, ... px (more than needed are ignored). conv: 'dense', 'grouped' or 'separable'. attention:
     'none', 'self' or 'adaptive', once at the end of the stages in attention_resolutions.
 
     pixel_block > 1 ends at img_resolution / pixel_block and draws that many pixels square from each feature (sub-pixel

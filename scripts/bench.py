@@ -1,0 +1,475 @@
+"""How fast training is, where its time goes, and how far from what the hardware allows.
+
+    uv run python scripts/bench.py                                        # the embedded default, on whatever machine this is
+    uv run python scripts/bench.py size=m batch_size=256 loss.penalty_every=1 data.size=4096 --json bench.json
+    uv run python scripts/bench.py size=m data.resolution=64 --toggles none
+
+Takes vgan-train's overrides. Prints tables in Markdown; --json writes the same figures. Everything is measured in one process
+of one run, so ratios between rows hold even on a noisy machine; --rounds takes each row several times in turn and gives
+the median. compile=auto measures what vgan-train would do on this machine.
+
+The roofline: every convolution and matrix product of a step, forward and backward, takes at least its FLOPs over
+the rate of a large matrix product, and at least its inputs and outputs over the rate of a large copy, both measured here
+first; the larger of the two counts, and Adam and the running average count their memory traffic. All else is taken as fused
+into these, so 100 % cannot be reached.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vgan.cli  # noqa: F401  registers the schema
+from vgan.config import CONFIG_DIR, validate
+from vgan.data.feed import Feed
+from vgan.data.store import default_cache_dir
+from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
+from vgan.ema import update_ema
+from vgan.errors import UserError
+from vgan.models.discriminator import Discriminator
+from vgan.models.generator import LatentInput
+from vgan.randomness import Streams
+from vgan.sample import draw
+from vgan.steps import compiled, d_step, g_step
+from vgan.train import Run, set_up
+
+DENSE, GROUPED = (f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped"))
+# name -> overrides. Two words are no overrides: "nchw" is another memory format, and "plain" what the same model does in
+# float32 and NCHW without any of vgan's settings of the process (in a process of its own). On a CPU, compiling takes minutes.
+TOGGLES = {
+    "cuda": {
+        "eager": "compile=false",
+        "eager, NCHW": "compile=false nchw",
+        "eager, NCHW, fp32": "compile=false nchw precision=fp32",
+        "NCHW": "nchw",
+        "tf32": "precision=tf32",
+        "fp32": "precision=fp32",
+        "penalty=difference": "penalty=difference",
+        "penalty=exact": "penalty=exact",
+        "no penalty": "loss.penalty_every=1000000",
+        "dense": DENSE,
+        "grouped": GROUPED,
+        "grouped, exact, eager": f"{GROUPED} penalty=exact compile=false",
+        "depthwise=triton": "depthwise=triton",
+        "cuda_graphs": "cuda_graphs=true",
+        "plain": "plain",
+    },
+    "cpu": {
+        "NCHW": "nchw",
+        "fp32": "precision=fp32",
+        "NCHW, fp32": "nchw precision=fp32",
+        "penalty=difference": "penalty=difference",
+        "penalty=exact": "penalty=exact",
+        "no penalty": "loss.penalty_every=1000000",
+        "dense": DENSE,
+        "grouped": GROUPED,
+        "one thread": "threads=1",
+        "plain": "plain",
+    },
+}
+TOGGLES["mps"] = {k: v for k, v in TOGGLES["cpu"].items() if k != "one thread"}
+
+
+@dataclass
+class Subject:
+    """A run that is ready to take steps, as its overrides say."""
+
+    run: Run
+    feed: Feed
+    batch_size: int
+    penalty_every: int
+    nchw: bool
+    step: int = 0
+
+    def wait(self) -> None:
+        if self.run.recipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.run.recipe.device.type == "mps":
+            torch.mps.synchronize()
+
+    def inputs(self) -> tuple[Tensor, Tensor, Streams]:
+        """The next batch and its random numbers."""
+        cur_nimg = self.step * self.batch_size
+        self.step += 1
+        return *self.feed.batch(cur_nimg), Streams(0, cur_nimg, self.batch_size, self.run.recipe.device)
+
+    def take_step(self) -> None:
+        """One whole step, as in the loop."""
+        penalty = self.penalty_every if self.step % self.penalty_every == 0 else 0
+        batch, run = self.inputs(), self.run
+        now = run.moment_at(self.step * self.batch_size)
+        d_step(run.state, run.recipe, now, *batch, penalty)
+        g_step(run.state, run.recipe, now, *batch)
+        update_ema(run.state.G_ema, run.state.G, 0.999)
+
+
+def prepare(overrides: list[str]) -> Subject:
+    """Build the run that the overrides describe, compiled where they say so. Raises UserError for wrong ones."""
+    plain = "plain" in overrides
+    nchw = plain or "nchw" in overrides
+    if plain:
+        overrides = [*overrides, "precision=fp32", "compile=false"]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=[o for o in overrides if o not in ("nchw", "plain")])
+    validate(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    device = pick_device(config["device"])
+    precision = pick_precision(config["precision"], device)
+    if not plain:
+        prepare_process(device, precision, config["threads"])
+    run = set_up(config, device, precision)
+    if nchw:
+        for network in (run.state.G, run.state.D, run.state.G_ema):
+            network.to(memory_format=torch.contiguous_format)
+    if pick_compile(config["compile"], device):
+        keep_compiled(default_cache_dir() / "compiled")
+        torch._dynamo.reset()
+        run = replace(run, recipe=compiled(run.recipe, config["cuda_graphs"]))
+    feed = Feed(run.dataset, config["batch_size"], config["seed"], device)
+    return Subject(run, feed, config["batch_size"], config["loss"]["penalty_every"], nchw)
+
+
+@contextmanager
+def memory_format_of(subject: Subject) -> Iterator[None]:
+    """Let the networks lay out their maps as the subject says."""
+    kinds: list[Any] = [LatentInput, Discriminator]
+    before = LatentInput.memory_format
+    for kind in kinds:
+        kind.memory_format = torch.contiguous_format if subject.nchw else before
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            kind.memory_format = before
+
+
+def time_of(subject: Subject, work: Callable[[], object], seconds: float) -> float:
+    """Seconds of one call: the median over as many as fit. Calls are timed in groups where the device runs behind."""
+    group = 1 if subject.run.recipe.device.type == "cpu" else 5
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        subject.wait()
+        start = time.perf_counter()
+        for _ in range(group):
+            work()
+        subject.wait()
+        times.append((time.perf_counter() - start) / group)
+    return statistics.median(times)
+
+
+def first_steps(subject: Subject) -> float:
+    """Warm up, and say how long it took until every kind of step had run once (compilation included)."""
+    subject.wait()
+    start = time.perf_counter()
+    for _ in range(2 if subject.penalty_every > 1 else 1):
+        subject.take_step()
+    subject.wait()
+    elapsed = time.perf_counter() - start
+    for _ in range(3):
+        subject.take_step()
+    subject.wait()
+    return elapsed
+
+
+def step_seconds(subject: Subject, seconds: float) -> float:
+    """Mean of one step over the cycle of steps with and without penalty."""
+    cycle = min(subject.penalty_every, 8)
+
+    def one_cycle() -> None:
+        for _ in range(cycle):
+            subject.take_step()
+
+    return time_of(subject, one_cycle, seconds) / cycle
+
+
+def phases(subject: Subject, seconds: float) -> dict[str, float]:
+    """Seconds a step in each phase. What cannot run alone (the penalty, a network without its optimizer) is a difference."""
+    run = subject.run
+    state, recipe, now = run.state, run.recipe, run.moment_at(0)
+    batch = subject.inputs()
+    share = seconds / 5
+
+    def optimize() -> None:
+        state.opt_D.step()
+        state.opt_G.step()
+
+    times = {
+        "feed": time_of(subject, subject.inputs, share),
+        "D": time_of(subject, lambda: d_step(state, recipe, now, *batch, 0), share),
+        "D+P": time_of(subject, lambda: d_step(state, recipe, now, *batch, 1), share),
+        "G": time_of(subject, lambda: g_step(state, recipe, now, *batch), share),
+        "optimizers": time_of(subject, optimize, share),
+        "EMA": time_of(subject, lambda: update_ema(state.G_ema, state.G, 0.999), share / 5),
+    }
+    half = times["optimizers"] / 2
+    return {
+        "feed": times["feed"],
+        "discriminator": times["D"] - half,
+        "penalty": max(times["D+P"] - times["D"], 0) / subject.penalty_every,
+        "generator": times["G"] - half,
+        "optimizer and EMA": times["optimizers"] + times["EMA"],
+    }
+
+
+class Counter(TorchDispatchMode):
+    """Sums the seconds that a roofline allows for every convolution and matrix product, and their FLOPs and bytes."""
+
+    def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
+        super().__init__()
+        self.rates = flops_per_s, bytes_per_s
+        self.flops = self.bytes = self.seconds = 0.0
+
+    def add(self, flops: float, tensors: list[Any]) -> None:
+        moved = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        self.flops += flops
+        self.bytes += moved
+        self.seconds += max(flops / self.rates[0], moved / self.rates[1])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("convolution", "mkldnn_convolution"):
+            self.add(2 * out.numel() * args[1][0].numel(), [args[0], args[1], out])
+        elif name == "convolution_backward":
+            grad, x, weight, mask = args[0], args[1], args[2], args[10]
+            flops = 2 * grad.numel() * weight[0].numel() * (mask[0] + mask[1])
+            self.add(flops, [grad, *([x] if mask[1] else []), *([weight] if mask[0] else []), *out[:2]])
+        elif name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = args[-2:]
+            self.add(2 * out.numel() * a.shape[-1], [a, b, out])
+        elif "scaled_dot_product" in name:
+            backward = "backward" in name
+            q, k, v = (t for t in args[1:4]) if backward else args[:3]
+            products = 5 if backward else 2  # the backward forms the weights anew
+            result = list(out[:3]) if backward else [out[0]]
+            self.add(products * 2 * q.shape[:-1].numel() * k.shape[-2] * v.shape[-1], [q, k, v, *result])
+        return out
+
+
+def roofline(subject: Subject, flops_per_s: float, bytes_per_s: float) -> Counter:
+    """What a step with penalty must do, and the seconds that this takes at the measured ceilings."""
+    run = subject.run
+    state, recipe = run.state, replace(run.recipe, d_forward=type(run.recipe).d_forward, g_forward=type(run.recipe).g_forward)
+    batch, now = subject.inputs(), run.moment_at(0)
+    totals = []
+    for weight in dict.fromkeys((1, 0 if subject.penalty_every > 1 else 1)):
+        with Counter(flops_per_s, bytes_per_s) as counter:
+            d_step(state, recipe, now, *batch, weight)
+            g_step(state, recipe, now, *batch)
+        totals.append(counter)
+    for name in ("flops", "bytes", "seconds"):
+        with_penalty, without = (getattr(totals[i], name) for i in (0, -1))
+        setattr(counter, name, without + (with_penalty - without) / subject.penalty_every)
+    # Adam reads p, g, m, v and writes p, m, v; the average reads two and writes one; all float32
+    moved = 4 * sum(p.numel() * (7 + 3 * (net is state.G)) for net in (state.G, state.D) for p in net.parameters())
+    counter.bytes += moved
+    counter.seconds += moved / bytes_per_s
+    return counter
+
+
+def ceilings(subject: Subject, precision: str) -> tuple[float, float]:
+    """FLOP/s of a large matrix product in `precision` and bytes/s of a large copy, read and written bytes counted."""
+    device = subject.run.recipe.device
+    side, length = (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = time_of(subject, lambda: a @ b, 1)
+    source = torch.randn(length // 4, device=device)
+    target = torch.empty_like(source)
+    copy = time_of(subject, lambda: target.copy_(source), 1)
+    return 2 * side**3 / product, 2 * length / copy
+
+
+def sampling_rate(subject: Subject, seconds: float) -> float:
+    """Pictures a second that the generator makes as uint8 on the host, without encoding, at vgan-sample's batch size."""
+    index = torch.arange(256)
+    G = subject.run.state.G_ema.to(memory_format=torch.channels_last)
+    return len(index) / time_of(subject, lambda: draw(G, index, 0), seconds)
+
+
+def peak_gb(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name)
+    return f"{device.type}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def measure_base(overrides: list[str], seconds: float) -> tuple[dict[str, Any], Subject]:
+    """The chosen configuration in full."""
+    subject = prepare(overrides)
+    run = subject.run
+    device, precision = run.recipe.device, run.recipe.precision
+    flops_per_s, bytes_per_s = ceilings(subject, precision)
+    release(device)
+    first = first_steps(subject)
+    step = step_seconds(subject, seconds)
+    peak = peak_gb(device)
+    counted = roofline(subject, flops_per_s, bytes_per_s)
+    waited = subject.feed.waited_s
+    steps = subject.step
+    figures = {
+        "machine": machine(device),
+        "overrides": overrides,
+        "precision": precision,
+        "compiled": run.recipe.d_forward is not type(run.recipe).d_forward,
+        "batch_size": subject.batch_size,
+        "parameters": {n: sum(p.numel() for p in getattr(run.state, n).parameters()) for n in "GD"},
+        "img_per_s": subject.batch_size / step,
+        "step_ms": step * 1e3,
+        "first_step_s": first,
+        "peak_gb": peak,
+        "phases_ms": {k: v * 1e3 for k, v in phases(subject, seconds).items()},
+        "waiting_for_data": waited / max(steps, 1) / step,
+        "roofline": {
+            "tflop_per_s": flops_per_s / 1e12,
+            "gb_per_s": bytes_per_s / 1e9,
+            "gflop_per_img": counted.flops / subject.batch_size / 1e9,
+            "mb_per_img": counted.bytes / subject.batch_size / 1e6,
+            "img_per_s": subject.batch_size / counted.seconds,
+            "share": counted.seconds / step,
+        },
+        "sampling_img_per_s": sampling_rate(subject, seconds / 2),
+    }
+    return figures, subject
+
+
+def measure_toggles(overrides: list[str], kinds: dict[str, str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+    """img/s, time to the first step and peak memory of each variant, the chosen configuration among them."""
+    rows: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for name, extra in {"as chosen": "", **kinds}.items():
+            row = rows.setdefault(name, {"overrides": extra, "img_per_s": []})
+            if extra == "plain" and "plain" not in overrides:
+                row |= measure_apart([*overrides, extra], seconds, row["img_per_s"])
+                continue
+            try:
+                subject = prepare([*overrides, *extra.split()])
+            except UserError as e:
+                row["error"] = str(e)
+                continue
+            device = subject.run.recipe.device
+            release(device)
+            try:
+                with memory_format_of(subject):
+                    row["first_step_s"] = first_steps(subject)
+                    row["img_per_s"].append(subject.batch_size / step_seconds(subject, seconds))
+                row["peak_gb"] = peak_gb(device)
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            subject.feed.close()
+            del subject
+            release(device)
+    return rows
+
+
+def measure_apart(overrides: list[str], seconds: float, rates: list[float]) -> dict[str, Any]:
+    """The row of one variant, measured in a process of its own; its img/s join `rates`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        options = ["--toggles", "alone", "--seconds", str(seconds), "--json", str(path)]
+        subprocess.run([sys.executable, __file__, *overrides, *options], check=True, stdout=subprocess.DEVNULL)
+        row = json.loads(path.read_text())["toggles"]["as chosen"]
+    return {**row, "overrides": overrides[-1], "img_per_s": rates + row["img_per_s"]}
+
+
+def print_base(figures: dict[str, Any]) -> None:
+    roof, parameters = figures["roofline"], figures["parameters"]
+    print(f"\n{figures['machine']}; {' '.join(figures['overrides']) or 'the embedded default'}\n")
+    mode = f"{figures['precision']}, {'compiled' if figures['compiled'] else 'eager'}, batch {figures['batch_size']}"
+    peak = "" if figures["peak_gb"] is None else f"{figures['peak_gb']:.2f}"
+    rows = [["what", "figure"]]
+    rows += [["networks", f"{parameters['G'] / 1e6:.2f} M + {parameters['D'] / 1e6:.2f} M parameters; {mode}"]]
+    rows += [["images a second", f"**{figures['img_per_s']:,.0f}** ({figures['step_ms']:.1f} ms a step)"]]
+    rows += [["first steps (s)", f"{figures['first_step_s']:.1f}"]]
+    rows += [["peak memory (GB)", peak]] if peak else []
+    rows += [[f"{name} (ms)", f"{ms:.2f}"] for name, ms in figures["phases_ms"].items()]
+    rows += [["waiting for data", f"{figures['waiting_for_data']:.2%} of the step"]]
+    rows += [["work an image", f"{roof['gflop_per_img']:.3g} GFLOP, {roof['mb_per_img']:.3g} MB"]]
+    rows += [["ceilings", f"{roof['tflop_per_s']:.3g} TFLOP/s, {roof['gb_per_s']:.3g} GB/s"]]
+    rows += [["roofline", f"{roof['img_per_s']:,.0f} img/s; reached {roof['share']:.0%}"]]
+    rows += [["sampling (256 a pass)", f"{figures['sampling_img_per_s']:,.0f} img/s"]]
+    print(table(rows), flush=True)
+
+
+def print_toggles(rows: dict[str, dict[str, Any]]) -> None:
+    lines = [["variant", "img/s", "of the chosen", "first steps (s)", "peak GB"]]
+    reference = statistics.median(rows["as chosen"]["img_per_s"])
+    for name, row in rows.items():
+        if not row["img_per_s"]:
+            lines.append([name, row["error"], "", "", ""])
+            continue
+        rate, peak = statistics.median(row["img_per_s"]), row.get("peak_gb")
+        memory = "" if peak is None else f"{peak:.2f}"
+        lines.append([name, f"{rate:,.0f}", f"{rate / reference:.2f}", f"{row['first_step_s']:.1f}", memory])
+    print("\n" + table(lines), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for vgan-train")
+    names = "; ".join(TOGGLES["cuda"])
+    parser.add_argument("--toggles", default="all", help=f"all, none, alone (img/s and no more) or, between semicolons, {names}")
+    parser.add_argument("--seconds", type=float, default=4, help="of measuring for each figure")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each variant is measured, in turn")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    try:
+        if args.toggles == "alone":
+            figures = {"toggles": measure_toggles(args.overrides, {}, args.seconds, args.rounds)}
+            return
+        figures, subject = measure_base(args.overrides, args.seconds)
+        print_base(figures)
+        kinds = TOGGLES[subject.run.recipe.device.type]
+        subject.feed.close()
+        del subject
+        if args.toggles != "all":
+            chosen = [] if args.toggles == "none" else [name.strip() for name in args.toggles.split(";")]
+            kinds = {name: kinds[name] for name in chosen if name in kinds}
+        if kinds:
+            figures["toggles"] = measure_toggles(args.overrides, kinds, args.seconds, args.rounds)
+            print_toggles(figures["toggles"])
+    except UserError as e:
+        sys.exit(f"bench: {e}")
+    finally:
+        if args.json and "figures" in locals():
+            args.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
