@@ -45,7 +45,7 @@ from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.randomness import Streams
-from vgan.sample import draw
+from vgan.sample import draw, to_host
 from vgan.steps import compiled, d_step, g_step
 from vgan.train import Run, set_up
 
@@ -298,10 +298,15 @@ def ceilings(subject: Subject, precision: str) -> tuple[float, float]:
 
 
 def sampling_rate(subject: Subject, seconds: float) -> float:
-    """Pictures a second that the generator makes as uint8 on the host, without encoding, at vgan-sample's batch size."""
-    index = torch.arange(256)
-    G = subject.run.state.G_ema.to(memory_format=torch.channels_last)
-    return len(index) / time_of(subject, lambda: draw(G, index, 0), seconds)
+    """Pictures a second that the generator makes as uint8 on the host, without encoding, as vgan-sample does."""
+    device, index = subject.run.recipe.device, torch.arange(256)
+    precision = "fp32" if device.type == "cpu" else subject.run.recipe.precision
+
+    def batches() -> None:
+        for _ in to_host(draw(subject.run.state.G_ema, index, 0, precision=precision) for _ in range(4)):
+            pass
+
+    return 4 * len(index) / time_of(subject, batches, seconds)
 
 
 def peak_gb(device: torch.device) -> float | None:

@@ -125,6 +125,7 @@ class SampleConfig:
     out: str = key("a .png file for one grid, or a folder for single files")
     batch_size: int = key("pictures a pass")
     device: str = key("auto, cpu, cuda, cuda:1, mps")
+    precision: str = key("auto, fp32, tf32, bf16 or fp16; auto is fp32 on a CPU and bf16 on GPUs that multiply it fast")
 
 
 def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
@@ -189,4 +190,5 @@ def validate_sample(cfg: Any) -> None:
     require(cfg.n > 0, "n", cfg.n, "must be above 0")
     require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "must be above 0")
     require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
+    require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
     require(0 <= cfg.truncation <= 1, "truncation", cfg.truncation, "must be from 0 to 1")

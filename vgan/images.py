@@ -1,17 +1,10 @@
-"""Pictures in and out: [-1, 1] to uint8, grids, PNG files."""
+"""Pictures between networks and files: [-1, 1] to uint8 and back, grids."""
 
-import contextlib
-import io
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-
-from vgan.errors import UserError
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -47,23 +40,3 @@ def enlarge(sheet: np.ndarray, factor: int) -> np.ndarray:
 def zoom_for(img_resolution: int) -> int:
     """The enlargement at which a picture in a grid is at least 64 px wide."""
     return max(1, 64 // img_resolution)
-
-
-def write_png(path: Path, sheet: np.ndarray) -> None:
-    """Write (H, W) or (H, W, 3) uint8 so that the file is whole or not there. Raises UserError if it cannot be written."""
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """To a temporary file beside `path`, then os.replace: readers see the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another folder") from e

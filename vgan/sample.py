@@ -1,5 +1,6 @@
 """vgan-sample's room: pictures from a checkpoint."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from vgan import build, checkpoint
 from vgan.config import validate_sample
-from vgan.device import pick_device
+from vgan.device import autocast, pick_device, pick_precision, prepare_process
 from vgan.errors import UserError
-from vgan.images import enlarge, grid, to_uint8, write_png, zoom_for
+from vgan.files import PngWriter, write_png
+from vgan.images import enlarge, grid, to_uint8, zoom_for
 from vgan.randomness import normal
 
 
@@ -53,16 +55,39 @@ def parse_label(label: str | None, names: tuple[str, ...]) -> int | None:
 
 
 @torch.no_grad()
-def draw(G: nn.Module, index: Tensor, seed: int, label: int | None = None, truncation: float = 1.0) -> Tensor:
-    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W): each depends on (seed, its number) alone.
+def draw(
+    G: nn.Module, index: Tensor, seed: int, label: int | None = None, truncation: float = 1.0, precision: str = "fp32"
+) -> Tensor:
+    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone.
 
     label None gives picture i the class i modulo the number of classes. truncation scales z towards its mean, 0.
     """
     device = next(G.parameters()).device
-    z = normal(seed, "sample", index, G.z_dim).to(device) * truncation  # type: ignore[arg-type]
+    index = index.to(device)
+    z = normal(seed, "sample", index, G.z_dim) * truncation  # type: ignore[arg-type]
     classes = index % G.label_dim if label is None and G.label_dim else torch.full_like(index, label or 0)  # type: ignore[operator]
     c = torch.nn.functional.one_hot(classes, G.label_dim).float() if G.label_dim else z.new_zeros(len(z), 0)  # type: ignore[arg-type]
-    return to_uint8(G(z, c.to(device))).cpu()
+    with autocast(device, precision):
+        return to_uint8(G(z, c))
+
+
+def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each batch in the host's memory. From a GPU it comes one batch late, copied while the next one is made."""
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for images in batches:
+        if images.device.type != "cuda":
+            yield images.cpu()
+            continue
+        host = torch.empty_like(images, device="cpu", pin_memory=True).copy_(images, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        if waiting:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = host, done
+    if waiting:
+        waiting[1].synchronize()
+        yield waiting[0]
 
 
 def sample(cfg: DictConfig) -> Path:
@@ -71,20 +96,22 @@ def sample(cfg: DictConfig) -> Path:
     out = Path(cfg.out).expanduser()
     if out.suffix.lower() not in (".png", ""):
         raise UserError(f"out={cfg.out}: unknown kind {out.suffix}; give a name ending in .png, or a folder")
+    device = pick_device(cfg.device)
+    # not bf16 on CPUs that have it: the same checkpoint gives the same pictures on all of them
+    precision = "fp32" if cfg.precision == "auto" and device.type == "cpu" else pick_precision(cfg.precision, device)
+    prepare_process(device, precision, threads=0)
     G = load_generator(cfg.ckpt, cfg.device)
     label = parse_label(cfg.label, G.label_names)  # type: ignore[arg-type]
-    batches = torch.arange(cfg.n).split(cfg.batch_size)
-    bar = tqdm(total=cfg.n, unit="img", delay=2)
+    indices = torch.arange(cfg.n).split(cfg.batch_size)
+    batches = to_host(draw(G, index, cfg.seed, label, cfg.truncation, precision) for index in indices)
     images = []
-    for index in batches:
-        pictures = draw(G, index, cfg.seed, label, cfg.truncation)
-        if out.suffix:
-            images.append(pictures)
-        else:
-            for i, picture in zip(index.tolist(), pictures):
-                write_png(out / f"{i:06d}.png", grid(picture[None]))
-        bar.update(len(index))
-    bar.close()
+    with tqdm(total=cfg.n, unit="img", delay=2) as bar, PngWriter() as writer:
+        for index, pictures in zip(indices, batches):
+            if out.suffix:
+                images.append(pictures)
+            else:
+                writer.write([out / f"{i:06d}.png" for i in index.tolist()], pictures.permute(0, 2, 3, 1).numpy())
+            bar.update(len(index))
     if images:
         write_png(out, enlarge(grid(torch.cat(images)), zoom_for(G.img_resolution)))  # type: ignore[arg-type]
     print(f"{cfg.n} pictures in {out}")

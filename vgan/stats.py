@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgan.images import write_atomically
+from vgan.files import write_atomically
 
 
 class Stats:

@@ -26,7 +26,8 @@ from vgan.device import autocast, keep_compiled, pick_compile, pick_depthwise, p
 from vgan.distributed import print0
 from vgan.ema import ema_copy, update_ema
 from vgan.errors import UserError
-from vgan.images import enlarge, grid, to_uint8, write_atomically, write_png, zoom_for
+from vgan.files import write_atomically, write_png
+from vgan.images import enlarge, grid, to_uint8, zoom_for
 from vgan.losses import RELATIVISTIC
 from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.models.layers import fuse_depthwise

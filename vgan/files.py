@@ -1,0 +1,71 @@
+"""Files that are whole or not there, and PNG."""
+
+import contextlib
+import io
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vgan.errors import UserError
+
+
+def write_png(path: Path, sheet: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) uint8 so that the file is whole or not there. Raises UserError if it cannot be written."""
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """To a temporary file beside `path`, then os.replace: readers see the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another folder") from e
+
+
+class PngWriter:
+    """Encodes and writes PNG files in threads while the caller makes more pictures.
+
+    A context manager: leaving it waits until all is written. At most QUEUED groups wait, so memory is bounded. What cannot
+    be written raises UserError, at a later `write` or on leaving.
+    """
+
+    GROUP, QUEUED = 64, 64
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="png")
+        self._begun: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "PngWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._begun and kind is None:
+                self._begun.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def write(self, paths: Sequence[Path], sheets: np.ndarray) -> None:
+        """sheets[i] of uint8 (N, H, W, C) into paths[i]; returns at once unless too much is waiting."""
+        for i in range(0, len(paths), self.GROUP):
+            while len(self._begun) >= self.QUEUED:
+                self._begun.popleft().result()
+            group = slice(i, i + self.GROUP)
+            self._begun.append(self._pool.submit(_write_all, paths[group], sheets[group]))
+
+
+def _write_all(paths: Sequence[Path], sheets: np.ndarray) -> None:
+    for path, sheet in zip(paths, sheets):
+        write_png(path, sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
