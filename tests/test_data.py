@@ -307,6 +307,24 @@ def test_reals_take_turns_over_the_classes(dataset: Dataset) -> None:
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_mapped_file_is_read_row_by_row_and_a_shortened_one_noticed(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    labels = np.arange(10, dtype=np.int64)
+    of_file, of_memory = (Feed(Dataset("x", x, labels, ("a",) * 10, "digest"), 4, 3, CPU) for x in (mapped, images))
+    for cur_nimg in (0, 4, 8, 12):
+        for a, b in zip(of_file.batch(cur_nimg), of_memory.batch(cur_nimg)):
+            assert torch.equal(a, b)
+    of_file.close()
+    of_memory.close()
+    feed = Feed(Dataset("x", mapped, labels, (), "digest"), 10, 3, CPU)
+    os.truncate(tmp_path / "x.npy", 200)
+    with pytest.raises(OSError, match="cut short"):
+        feed.batch(0)
+    feed.close()
+
+
 # --- torchvision's sets ---------------------------------------------------------------------------------------------
 
 
@@ -359,3 +377,16 @@ def test_failed_download_says_which_files_to_put_where(
         getattr(torchvision_sets, kind)(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 640)[None, :, None] * np.linspace(0.2, 1, 480)[:, None, None] * np.array([1, 0.5, 0.2])
+    picture = Image.fromarray(ramp.astype(np.uint8))
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "b.png")
+    source = Folder(str(tmp_path), 32)
+    of_jpeg, of_png = (source.read(i)[0].astype(int) for i in range(2))
+    assert np.abs(of_jpeg - of_png).mean() < 1.5
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft(None, (64, 64))
+        assert min(image.size) >= 64
