@@ -18,7 +18,7 @@ from vgan.sample import draw, load_generator
 def main(ckpt: str, n: int) -> None:
     G = load_generator(ckpt)
     batches = [draw(G, index, seed=0) for index in torch.arange(n).split(100)]
-    images = torch.cat(batches).permute(0, 2, 3, 1).numpy()
+    images = torch.cat(batches).permute(0, 2, 3, 1).cpu().numpy()
     reading = Oracle(images.shape[1])(images)
     asked = np.arange(n) % len(SHAPE_NAMES)  # draw takes the classes in turn
     score = score_samples(reading, asked)

@@ -1,0 +1,119 @@
+"""How much noise the estimated penalties add to the discriminator's gradient, against that of choosing a batch.
+
+    uv run python scripts/penalty_noise.py outputs/shapes-attn-xs
+
+Loads a run's newest checkpoint and compares, at gamma as it then was, the gradients of the discriminator's loss:
+the variance between batches with exact penalties (what any method has), and the variance between draws of v for one batch
+(what the estimate adds), for several kinds of v and for the finite difference. float32.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import vgan.cli  # noqa: F401  registers the schema
+from vgan import checkpoint
+from vgan.config import CONFIG_DIR
+from vgan.data.feed import Feed
+from vgan.device import pick_device, prepare_process
+from vgan.errors import UserError
+from vgan.penalties import difference, exact, forward
+from vgan.randomness import Streams
+from vgan.train import Run, set_up
+
+BATCHES, DRAWS = 12, 12
+
+
+def open_run(run_dir: Path) -> tuple[Run, Feed, int]:
+    """The run in `run_dir` at its newest checkpoint, in float32."""
+    parts = checkpoint.load(checkpoint.find(run_dir))
+    device = pick_device("auto")
+    prepare_process(device, "fp32", 0)
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        schema = compose("train", overrides=["run_dir=unused"])
+    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(schema, parts["config"]), resolve=True)  # type: ignore[assignment]
+    run = set_up(config, device, "fp32")
+    run.state.load_parts(parts)
+    return run, Feed(run.dataset, config["batch_size"], config["seed"], device), int(parts["cur_nimg"])
+
+
+def noise(gradients: list[Tensor]) -> float:
+    """Mean squared distance of the gradients from their mean, unbiased."""
+    stack = torch.stack(gradients)
+    return float((stack - stack.mean(0)).square().sum() / (len(gradients) - 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
+    args = parser.parse_args()
+    try:
+        run, feed, cur_nimg = open_run(args.run_dir)
+    except UserError as e:
+        sys.exit(f"penalty_noise: {e}")
+    G, D, n = run.state.G, run.state.D, run.config["batch_size"]
+    gamma = run.moment_at(cur_nimg).gamma
+    recipe = replace(run.recipe, precision="fp32")
+    weights = [p for p in D.parameters() if p.requires_grad]
+
+    def gradient(batch: int, penalty: Callable[..., tuple[Tensor, Tensor]] | None, v: Tensor | None, weight: float = 1) -> Tensor:
+        real, c = feed.batch(cur_nimg + batch * n)
+        streams = Streams(1, cur_nimg + batch * n, n, recipe.device)
+        with torch.no_grad():
+            fake = G(streams.normal("z_d", G.z_dim), c)  # type: ignore[arg-type]
+        images, cc = torch.cat([real, fake]), torch.cat([c, c])
+        if penalty is None:
+            logits, slopes = D(images, cc), torch.zeros(2 * n)
+        else:
+            logits, slopes = penalty(D, images, cc, images if v is None else v)
+        loss = recipe.d_loss(*logits.chunk(2)) + weight * gamma / 2 * 2 * slopes.mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    def averaged(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        def penalty(D: Any, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            results = [forward(D, x, c, vv) for vv in v.chunk(count)]
+            return results[0][0], torch.stack([r[1] for r in results]).mean(0)
+
+        return penalty
+
+    shape = (2 * n, *feed.batch(cur_nimg)[0].shape[1:])
+    draw = torch.Generator().manual_seed(0)
+
+    def signs(*size: int) -> Tensor:
+        return torch.randint(0, 2, size, generator=draw).float() * 2 - 1
+
+    kinds: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[], Tensor]]] = {
+        "+1 and -1": (forward, lambda: signs(*shape)),
+        "normal": (forward, lambda: torch.randn(shape, generator=draw)),
+        "+1 and -1, two a picture": (averaged(2), lambda: signs(2 * shape[0], *shape[1:])),
+        "one v for the whole batch": (forward, lambda: signs(1, *shape[1:]).expand(shape)),
+        "real and fake share v": (forward, lambda: signs(n, *shape[1:]).repeat(2, 1, 1, 1)),
+        "antithetic, v and -v": (averaged(2), lambda: torch.cat([v := signs(*shape), -v])),
+        "finite difference": (difference, lambda: signs(*shape)),
+    }
+    exact_gradients = [gradient(batch, exact, None) for batch in range(BATCHES)]
+    between_batches = noise(exact_gradients)
+    without = noise([gradient(batch, None, None) for batch in range(BATCHES)])
+    print(f"{args.run_dir} at {cur_nimg:,} images, gamma {gamma:g}; squared norm of the mean gradient "
+          f"{float(torch.stack(exact_gradients).mean(0).square().sum()):.3g}\n")  # fmt: skip
+    print("| penalty | variance between batches or draws | of that between batches |\n|---|---|---|")
+    print(f"| exact, between batches | {between_batches:.3g} | 1 |")
+    print(f"| no penalty, between batches | {without:.3g} | {without / between_batches:.2f} |")
+    for name, (penalty, directions) in kinds.items():
+        added = noise([gradient(0, penalty, directions()) for _ in range(DRAWS)])
+        print(f"| {name}, between draws | {added:.3g} | {added / between_batches:.2f} |", flush=True)
+    every_second = noise([gradient(0, forward, signs(*shape), weight=2) for _ in range(DRAWS)])
+    print(f"| +1 and -1, counted twice (every 2nd step) | {every_second:.3g} | {every_second / between_batches:.2f} |")
+    feed.close()
+
+
+if __name__ == "__main__":
+    main()
