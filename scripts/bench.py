@@ -83,6 +83,7 @@ TOGGLES = {
         "plain": "plain",
     },
 }
+THREADS = torch.get_num_threads()  # to go back to after a variant that sets its own
 TOGGLES["mps"] = {k: v for k, v in TOGGLES["cpu"].items() if k != "one thread"}
 
 
@@ -132,6 +133,7 @@ def prepare(overrides: list[str]) -> Subject:
     device = pick_device(config["device"])
     precision = pick_precision(config["precision"], device)
     if not plain:
+        torch.set_num_threads(THREADS)
         prepare_process(device, precision, config["threads"])
     run = set_up(config, device, precision)
     if nchw:
