@@ -40,12 +40,12 @@ from vgan.config import CONFIG_DIR, validate
 from vgan.data.feed import Feed
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
+from vgan.drawing import draw, to_host
 from vgan.ema import update_ema
 from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.randomness import Streams
-from vgan.sample import draw, to_host
 from vgan.steps import compiled, d_step, g_step
 from vgan.train import Run, set_up
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vgan.data.shapes import SHAPE_NAMES, Oracle, score_samples
-from vgan.sample import draw, load_generator
+from vgan.drawing import draw, load_generator
 
 
 def main(ckpt: str, n: int) -> None:

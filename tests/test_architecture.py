@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
     {"distributed", "errors"},
     {"config", "device", "files", "images", "kernels", "randomness", "stopping"},
-    {"augment", "data", "ema", "losses", "models", "penalties", "schedules"},
-    {"build", "checkpoint", "stats", "steps", "usage"},
+    {"augment", "data", "ema", "losses", "metrics", "models", "penalties", "schedules"},
+    {"build", "checkpoint", "features", "stats", "steps", "usage"},
+    {"drawing"},
+    {"evaluate"},
     {"sample", "train"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import
 ALLOWED = {
     "hydra": {"build", "cli"},
-    "omegaconf": {"config", "build", "cli", "sample", "train"},
+    "omegaconf": {"config", "build", "cli", "evaluate", "sample", "train"},
     "tensorboard": {"stats"},
 }
 

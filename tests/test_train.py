@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from vgan import checkpoint
+from vgan import checkpoint, cli  # noqa: F401  (cli registers the schemas)
+from vgan.config import CONFIG_DIR
 from vgan.stopping import StopRequest
-from vgan.train import due
+from vgan.train import due, train
 
 TINY = [
     "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]", "batch_size=8",
@@ -45,6 +47,11 @@ def wait_for(run_dir: Path, cur_nimg: int, process: "subprocess.Popen[str]") -> 
             return
         time.sleep(0.002)
     raise AssertionError(f"no checkpoint at {cur_nimg}: {process.communicate()[0]}")
+
+
+def train_in_process(run_dir: Path, *overrides: str) -> None:
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        train(compose("train", overrides=[*TINY, f"run_dir={run_dir}", *overrides]))
 
 
 def flatten(node: object, name: str = "") -> dict[str, object]:
@@ -120,3 +127,20 @@ def test_due_does_not_need_intervals_to_divide() -> None:
     assert [n for n in counts if due(0.1, n - 64, n)] == [128, 256, 320, 448, 512, 640, 704, 832, 960]
     assert not due(1, 0, 999)
     assert due(1, 999, 1000)
+
+
+def test_evaluation_in_a_run_keeps_the_best(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = ["eval_kimg=0.032", "eval.n=32", "eval.metrics=[fid,kid]", "features.train_kimg=0.1", "total_kimg=0.096"]
+    train_in_process(run_dir, *overrides)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["cur_nimg"] for line in lines] == [32, 64, 96]
+    assert [line["best"] for line in lines] == [min(line["fid"] for line in lines[: i + 1]) for i in range(3)]
+    best = checkpoint.load(run_dir / "best.pt")
+    assert best["cur_nimg"] == min(lines, key=lambda line: line["fid"])["cur_nimg"]
+    assert best["metrics"]["fid"] == lines[-1]["best"]
+    stats = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert [tick["metrics/fid"] for tick in stats if "metrics/fid" in tick] == [line["fid"] for line in lines]
+    # the same command, longer, knows what was best before
+    train_in_process(run_dir, *overrides[:-1], "total_kimg=0.128")
+    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["best"] <= lines[-1]["best"]

@@ -137,6 +137,17 @@ def build_loss(name: str) -> tuple[Loss, Loss]:
     return LOSSES[name]
 
 
+def build_features(node: Mapping[str, Any], dataset: Dataset, device: torch.device, cache_dir: Path) -> Any:
+    """The feature network of a `features` node, on the device; one that learns from the data does so here."""
+    extractor = construct(node, "features")
+    if not (hasattr(extractor, "protocol") and callable(extractor) and hasattr(extractor, "to")):
+        raise UserError(f"features._target_={node['_target_']}: needs `protocol`, `to(device)` and to be callable with pictures")
+    extractor = extractor.to(device)
+    if hasattr(extractor, "prepare"):
+        extractor.prepare(dataset, device, cache_dir)
+    return extractor
+
+
 def build_augment(transforms: Sequence[str]) -> Augment:
     try:
         return Augment(transforms)

@@ -15,14 +15,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig
+from vgan.config import CONFIG_DIR, EvalConfig, SampleConfig, TrainConfig
 from vgan.errors import UserError
 from vgan.stopping import Stopped
-from vgan.usage import SAMPLE_INTRO, TRAIN_INTRO, help_text, is_out_of_memory, usage_line
+from vgan.usage import EVAL_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, is_out_of_memory, usage_line
 
 _STORE = ConfigStore.instance()
 _STORE.store(name="train_schema", node=TrainConfig)
 _STORE.store(name="sample_schema", node=SampleConfig)
+_STORE.store(name="eval_schema", node=EvalConfig)
 
 
 def train_main() -> None:
@@ -33,6 +34,11 @@ def train_main() -> None:
 def sample_main() -> None:
     """vgan-sample"""
     _open("vgan-sample", SampleConfig, _sample, SAMPLE_INTRO)
+
+
+def eval_main() -> None:
+    """vgan-eval"""
+    _open("vgan-eval", EvalConfig, _evaluate, EVAL_INTRO)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -59,6 +65,14 @@ def _sample(cfg: DictConfig) -> None:
 
     with _one_line_errors("vgan-sample", SampleConfig):
         sample(cfg)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="eval")
+def _evaluate(cfg: DictConfig) -> None:
+    from vgan.evaluate import evaluate
+
+    with _one_line_errors("vgan-eval", EvalConfig):
+        evaluate(cfg)
 
 
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:

@@ -18,6 +18,8 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PENALTIES = ("forward", "exact", "difference")
+METRICS = ("fid", "kid", "is", "pr")
+BEST_BY = ("fid", "kid", "is", "precision", "recall")
 
 
 def key(text: str, default: Any = MISSING) -> Any:
@@ -85,6 +87,14 @@ class EmaConfig:
 
 
 @dataclass
+class JudgeConfig:
+    metrics: list[str] = key("some of fid, kid, is, pr (precision and recall)")
+    n: int = key("pictures drawn for an evaluation; fid of fewer than 50,000 is no published FID")
+    repeats: int = key("evaluations with other seeds; their mean and spread are given")
+    best_by: str = key("the best checkpoint stays as best.pt: by fid, kid, is, precision or recall")
+
+
+@dataclass
 class TrainConfig:
     """Everything that vgan-train reads."""
 
@@ -103,6 +113,7 @@ class TrainConfig:
     snapshot_kimg: float = key("a grid of fakes is written every so many thousand images")
     checkpoint_kimg: float = key("a checkpoint is written every so many thousand images")
     keep_checkpoints: int = key("the newest so many checkpoints stay on disk")
+    eval_kimg: float = key("the averaged generator is evaluated every so many thousand images; 0: never")
     model: ModelConfig = key("the networks", ModelConfig)
     size: SizeConfig = key("how large they are", SizeConfig)
     data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
@@ -111,6 +122,8 @@ class TrainConfig:
     augment: AugmentConfig = key("changes to the pictures before the discriminator sees them", AugmentConfig)
     optim: OptimConfig = key("how the weights move", OptimConfig)
     ema: EmaConfig = key("the averaged generator, which makes the pictures", EmaConfig)
+    features: dict[str, Any] = key("the network that evaluation compares pictures by", dict)
+    eval: JudgeConfig = key("what an evaluation measures", JudgeConfig)
 
 
 @dataclass
@@ -126,6 +139,23 @@ class SampleConfig:
     batch_size: int = key("pictures a pass")
     device: str = key("auto, cpu, cuda, cuda:1, mps")
     precision: str = key("auto, fp32, tf32, bf16 or fp16; auto is fp32 on a CPU and bf16 on GPUs that multiply it fast")
+
+
+@dataclass
+class EvalConfig:
+    """Everything that vgan-eval reads."""
+
+    ckpt: Any = key("a checkpoint file or a run folder (its newest checkpoint), or several: [a,b]")
+    metrics: list[str] = key("some of fid, kid, is, pr (precision and recall)")
+    n: int = key("pictures drawn; fid of fewer than 50,000 is no published FID")
+    repeats: int = key("evaluations with the seeds seed, seed + 1, ...; their mean and spread are given")
+    seed: int = key("the pictures follow from it")
+    features: Any = key("features=inception, learned or a _target_ of your own; null takes what the run names")
+    weights: str | None = key("file of Inception weights, for machines without a network")
+    data: dict[str, Any] = key("where the pictures lie now, if elsewhere than in training: .path, .root, .cache_dir", dict)
+    batch_size: int = key("pictures a pass")
+    device: str = key("auto, cpu, cuda, cuda:1, mps")
+    precision: str = key("of drawing: auto, fp32, tf32, bf16 or fp16; features are always worked out in fp32")
 
 
 def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
@@ -158,6 +188,12 @@ def validate(cfg: Any) -> None:
     ):
         require(cfg[name] > 0, name, cfg[name], "must be above 0")
     require(cfg.total_kimg >= 0.001, "total_kimg", cfg.total_kimg, "must be at least 0.001, which is one image")
+    require(cfg.eval_kimg >= 0, "eval_kimg", cfg.eval_kimg, "must be 0 or above")
+    _validate_judge(cfg.eval, "eval.")
+    best, wanted = cfg.eval.best_by, list(cfg.eval.metrics)
+    require(best in BEST_BY, "eval.best_by", best, f"must be one of {', '.join(BEST_BY)}")
+    need = "pr" if best in ("precision", "recall") else best
+    require(need in wanted, "eval.best_by", best, f"needs {need} among eval.metrics={wanted}")
     for name in ("seed", "threads"):
         require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
@@ -183,6 +219,22 @@ def validate(cfg: Any) -> None:
     for name, (ramp, low, high) in bounds.items():
         for end in ("start", "end"):
             require(low <= ramp[end] <= high, f"{name}.{end}", ramp[end], f"must be from {low} to {high:g}")
+
+
+def _validate_judge(cfg: Any, prefix: str) -> None:
+    metrics = list(cfg.metrics)
+    known = bool(metrics) and all(m in METRICS for m in metrics)
+    require(known, f"{prefix}metrics", metrics, f"must be some of {', '.join(METRICS)}")
+    require(cfg.n >= 20, f"{prefix}n", cfg.n, "must be at least 20")
+    require(cfg.repeats > 0, f"{prefix}repeats", cfg.repeats, "must be above 0")
+
+
+def validate_eval(cfg: Any) -> None:
+    """What the types of an EvalConfig cannot say; raises UserError naming key, value and rule."""
+    _validate_judge(cfg, "")
+    require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "must be above 0")
+    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
+    require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
 
 
 def validate_sample(cfg: Any) -> None:

@@ -3,12 +3,15 @@
 import contextlib
 import io
 import os
+import pickle
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vgan.errors import UserError
@@ -69,3 +72,30 @@ class PngWriter:
 def _write_all(paths: Sequence[Path], sheets: np.ndarray) -> None:
     for path, sheet in zip(paths, sheets):
         write_png(path, sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+
+
+def save_cached(path: Path, parts: dict[str, Any]) -> None:
+    """Tensors and plain numbers that can be made again, into a file that is whole or not there."""
+    file = io.BytesIO()
+    torch.save(parts, file)
+    write_atomically(path, file.getvalue())
+
+
+def load_cached(path: Path, *names: str) -> list[Any] | None:
+    """The named parts of what `save_cached` wrote, on the CPU; None without a file. Raises UserError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+        return [parts[name] for name in names]
+    except (OSError, RuntimeError, KeyError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path}: damaged cache; delete this file and it is made anew") from e
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a text file. Raises UserError if it cannot be written."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text + "\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another folder") from e

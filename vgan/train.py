@@ -24,8 +24,10 @@ from vgan.data.source import Dataset
 from vgan.data.store import default_cache_dir
 from vgan.device import autocast, keep_compiled, pick_compile, pick_depthwise, pick_device, pick_precision, prepare_process
 from vgan.distributed import print0
+from vgan.drawing import drawing_precision
 from vgan.ema import ema_copy, update_ema
 from vgan.errors import UserError
+from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record
 from vgan.files import write_atomically, write_png
 from vgan.images import enlarge, grid, to_uint8, zoom_for
 from vgan.losses import RELATIVISTIC
@@ -38,10 +40,11 @@ from vgan.steps import Moment, Recipe, State, compiled, d_step, g_step
 from vgan.stopping import Stopped, StopRequest
 
 GRID_PICTURES = 64
+BEST = "best.pt"  # the checkpoint with the best metric so far
 # Settings that say where, how long and how often, not what is learned: they change on resume without a word.
 _FREE = (
     "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "threads", "total_kimg", "tick_kimg",
-    "snapshot_kimg", "checkpoint_kimg", "keep_checkpoints", "schedule_kimg", "data",
+    "snapshot_kimg", "checkpoint_kimg", "keep_checkpoints", "schedule_kimg", "data", "eval_kimg", "eval", "features",
 )  # fmt: skip
 
 
@@ -143,6 +146,7 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
     penalty_every = config["loss"]["penalty_every"]
     feed = Feed(run.dataset, batch_size, config["seed"], recipe.device)
     stats, journal, watch = Stats(), Journal(run.run_dir, cur_nimg), Watch(cur_nimg)
+    judge = Judge(run) if config["eval_kimg"] > 0 else None
     z, c = _grid_inputs(run, feed)
     if cur_nimg == 0:
         journal.image(0, "reals", _save_grid(run.run_dir / "reals.png", feed.reals(GRID_PICTURES)[0]))
@@ -170,6 +174,8 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
             if last or due(config["checkpoint_kimg"], before, cur_nimg):
                 parts = {**run.identity, **state.parts(), "cur_nimg": cur_nimg}
                 checkpoint.save(checkpoint.path_at(run.run_dir, cur_nimg), parts, config["keep_checkpoints"])
+            if judge and (cur_nimg >= total_nimg or due(config["eval_kimg"], before, cur_nimg)):
+                journal.write(cur_nimg, judge(cur_nimg))
     finally:
         bar.close()
         journal.close()
@@ -183,6 +189,37 @@ def due(every_kimg: float, before: int, now: int) -> bool:
     """Whether a multiple of every_kimg was passed between two image counts."""
     every_nimg = max(1, round(every_kimg * 1000))
     return before // every_nimg < now // every_nimg
+
+
+class Judge:
+    """Evaluates the averaged generator during a run and keeps the best checkpoint as best.pt.
+
+    Results go into metrics.jsonl with their protocol; which is best is decided among those of the same protocol only, a
+    resumed run's earlier ones included.
+    """
+
+    def __init__(self, run: Run) -> None:
+        settings = run.config["eval"]
+        config = {**settings, "features": run.config["features"], "seed": run.config["seed"], "batch_size": 128}
+        self._run, self._by, self._device = run, settings["best_by"], run.recipe.device
+        self._precision = drawing_precision("auto", self._device)
+        self._evaluator: Evaluator = make_evaluator(config, run.dataset, self._device)
+        protocol = self._evaluator.protocol(self._precision)
+        records = [r for r in read_records(run.run_dir) if "best" in r and r["protocol"] == protocol]
+        self._best: float | None = records[-1]["best"] if records and (run.run_dir / BEST).is_file() else None
+
+    def __call__(self, cur_nimg: int) -> dict[str, float]:
+        """Values as metrics/fid and so on."""
+        run = self._run
+        result = self._evaluator(run.state.G_ema, self._precision, default_cache_dir())
+        print0(f"\nat {cur_nimg:,} images: {format_values(result.values)}")
+        value = result.values[self._by]
+        if self._best is None or ((value < self._best) == SMALLER_IS_BETTER[self._by] and value != self._best):
+            self._best = value
+            parts = {**run.identity, **run.state.parts(), "cur_nimg": cur_nimg, "metrics": result.values}
+            checkpoint.save(run.run_dir / BEST, parts, run.config["keep_checkpoints"])
+        record(run.run_dir, checkpoint.path_at(run.run_dir, cur_nimg).name, cur_nimg, result, {"best": self._best})
+        return {f"metrics/{name}": v for name, v in result.values.items()}
 
 
 class Watch:

@@ -22,6 +22,13 @@ SAMPLE_INTRO = """vgan-sample: make pictures with a trained model.
   vgan-sample ckpt=outputs/mine n=1000 out=pictures/"""
 
 
+EVAL_INTRO = """vgan-eval: how far a model's pictures lie from the data, by a stated protocol.
+
+  vgan-eval ckpt=outputs/mine metrics=[fid,kid,is,pr]
+  vgan-eval ckpt=[outputs/a,outputs/b] n=10000 repeats=3
+  vgan-eval ckpt=outputs/mine features=learned         where Inception's weights cannot be had"""
+
+
 def help_text(schema: type, intro: str) -> str:
     """The text of --help: groups with their options, then every key; all read from where they are defined."""
     parts = [intro, ""]

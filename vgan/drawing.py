@@ -1,0 +1,82 @@
+"""From a checkpoint to a generator, and from a generator to pictures."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgan import build, checkpoint
+from vgan.device import autocast, pick_device, pick_precision
+from vgan.errors import UserError
+from vgan.images import to_uint8
+from vgan.randomness import normal
+
+
+def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
+    """The generator with averaged weights (EMA) of a checkpoint file or of a run folder's newest checkpoint.
+
+    G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N, img_channels,
+    img_resolution, img_resolution) float32, black to white in [-1, 1]. In evaluation mode, without gradients for the
+    weights; G.label_names names the classes. Raises UserError where there is no readable checkpoint.
+    """
+    return restore_generator(checkpoint.load(checkpoint.find(ckpt)), pick_device(device))
+
+
+def restore_generator(parts: dict[str, Any], device: torch.device) -> nn.Module:
+    """The same from the parts of a checkpoint."""
+    G = build.build_generator(parts["config"]["model"], parts["sizes"])
+    try:
+        G.load_state_dict(parts["G_ema"])
+    except RuntimeError as e:
+        raise UserError(
+            f"ckpt: its weights do not fit the network it describes ({str(e).splitlines()[0]}); use an intact one"
+        ) from e
+    G.label_names = tuple(parts["data"]["labels"])  # type: ignore[assignment]
+    return G.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def drawing_precision(name: str, device: torch.device) -> str:
+    """'auto' is not bf16 on CPUs that have it: the same checkpoint gives the same pictures on all of them."""
+    return "fp32" if name == "auto" and device.type == "cpu" else pick_precision(name, device)
+
+
+@torch.no_grad()
+def draw(
+    G: nn.Module, index: Tensor, seed: int, label: int | Tensor | None = None, truncation: float = 1.0, precision: str = "fp32"
+) -> Tensor:
+    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone.
+
+    label: one class for all, one for each (N,), or None for class i modulo their number for picture i. truncation scales z
+    towards its mean, 0.
+    """
+    device = next(G.parameters()).device
+    index = index.to(device)
+    z = normal(seed, "sample", index, G.z_dim) * truncation  # type: ignore[arg-type]
+    if label is None:
+        classes = index % (G.label_dim or 1)  # type: ignore[operator]
+    else:
+        classes = torch.as_tensor(label, device=device).expand(len(index))
+    c = torch.nn.functional.one_hot(classes, G.label_dim).float() if G.label_dim else z.new_zeros(len(z), 0)  # type: ignore[arg-type]
+    with autocast(device, precision):
+        return to_uint8(G(z, c))
+
+
+def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each batch in the host's memory. From a GPU it comes one batch late, copied while the next one is made."""
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for images in batches:
+        if images.device.type != "cuda":
+            yield images.cpu()
+            continue
+        host = torch.empty_like(images, device="cpu", pin_memory=True).copy_(images, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        if waiting:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = host, done
+    if waiting:
+        waiting[1].synchronize()
+        yield waiting[0]

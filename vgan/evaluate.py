@@ -1,0 +1,258 @@
+"""vgan-eval's room, and the same inside a run: how far what a generator draws lies from the data, by a stated protocol.
+
+A number means something only beside others of the same protocol, so every result carries it, and nothing here compares
+results whose protocols differ.
+"""
+
+import contextlib
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vgan import build, checkpoint
+from vgan.config import validate_eval
+from vgan.data.source import Dataset
+from vgan.data.store import default_cache_dir
+from vgan.device import pick_device, prepare_process
+from vgan.distributed import print0
+from vgan.drawing import draw, drawing_precision, restore_generator
+from vgan.errors import UserError
+from vgan.features import Extractor
+from vgan.files import append_line, load_cached, save_cached
+from vgan.metrics import Moments, frechet_distance, inception_score, kernel_distance, moments, precision_recall
+from vgan.randomness import permute
+
+KEPT_ROWS = 20_000  # real features that are kept for KID, precision and recall
+PR_ROWS = 10_000  # of each set, since their cost grows with the square
+# whether smaller is better, for the best checkpoint
+SMALLER_IS_BETTER = {"fid": True, "kid": True, "is": False, "precision": False, "recall": False}
+
+
+@dataclass(frozen=True)
+class Reals:
+    """What is kept of a data set's features."""
+
+    moments: Moments
+    rows: Tensor  # (min(count, KEPT_ROWS), d)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Values by name, such as fid, fid_std, kid, kid_ci, and the protocol they were measured by."""
+
+    values: dict[str, float]
+    protocol: dict[str, Any]
+
+    def comparable(self, other: "Result") -> bool:
+        return self.protocol == other.protocol
+
+
+class Evaluator:
+    """Compares what generators draw with a data set. Real features are worked out once and kept in the cache folder.
+
+    metrics: some of fid, kid, is, pr. n: fakes drawn; fid counts all reals, kid and pr as many as there are fakes.
+    repeats: evaluations with the seeds seed, seed + 1, ...; values are their means.
+    """
+
+    def __init__(
+        self, dataset: Dataset, extractor: Extractor, metrics: Sequence[str], n: int, repeats: int, seed: int, batch_size: int
+    ) -> None:
+        self._dataset, self._extractor = dataset, extractor
+        self._metrics, self._n, self._seeds, self._batch_size = tuple(metrics), n, range(seed, seed + repeats), batch_size
+        self._reals: Reals | None = None
+
+    def protocol(self, precision: str) -> dict[str, Any]:
+        """All that the numbers depend on besides the generator."""
+        data = self._dataset
+        return {
+            "features": self._extractor.protocol,
+            "reals": f"{data.name}, {len(data)} training pictures of {data.img_resolution} px, digest {data.digest[:8]}",
+            "fakes": f"{self._n} of the averaged weights (EMA), drawn in {precision}, as uint8, no truncation",
+            "labels": "in the data's proportions" if data.label_dim else "none",
+            "seeds": list(self._seeds),
+        }
+
+    def __call__(self, G: nn.Module, precision: str, cache_dir: Path) -> Result:
+        """Judge a generator in evaluation mode; it and the extractor are on the same device."""
+        if self._reals is None:
+            self._reals = self._real_features(next(G.parameters()).device, cache_dir)
+        rounds = [self._once(G, seed, precision) for seed in self._seeds]
+        values = {name: statistics.fmean(r[name] for r in rounds) for name in rounds[0]}
+        if len(rounds) > 1:
+            values |= {f"{k}_std": statistics.stdev(r[k] for r in rounds) for k in SMALLER_IS_BETTER if k in values}
+        return Result(values, self.protocol(precision))
+
+    def _once(self, G: nn.Module, seed: int, precision: str) -> dict[str, float]:
+        features, logits = self._collect(self._fakes(G, seed, precision), self._n, "fakes")
+        assert self._reals is not None
+        rows, values = self._reals.rows.to(features.device), {}
+        if "fid" in self._metrics:
+            real = self._reals.moments
+            fake = moments(features)
+            values["fid"] = frechet_distance(fake, Moments(real.mean.to(fake.mean), real.cov.to(fake.cov), real.n))
+        if "kid" in self._metrics:
+            values["kid"], values["kid_ci"] = kernel_distance(features, rows)
+        if "is" in self._metrics:
+            if logits is None:
+                raise UserError("metrics=is: these features come without a classifier; leave it out or use features=inception")
+            values["is"], values["is_ci"] = inception_score(logits)
+        if "pr" in self._metrics:
+            most = min(PR_ROWS, len(features), len(rows))
+            values["precision"], values["recall"] = precision_recall(features[:most], rows[:most])
+        return values
+
+    def _fakes(self, G: nn.Module, seed: int, precision: str) -> Iterator[Tensor]:
+        labels = torch.from_numpy(self._dataset.labels)
+        for index in torch.arange(self._n).split(self._batch_size):
+            label = None
+            if G.label_dim:
+                label = labels[permute(index % len(labels), len(labels), seed, index // len(labels))]
+            yield draw(G, index, seed, label, precision=precision)
+
+    @torch.no_grad()
+    def _collect(self, batches: Iterator[Tensor], n: int, what: str) -> tuple[Tensor, Tensor | None]:
+        features, logits = [], []
+        with tqdm(total=n, desc=f"features of {what}", unit="img", delay=2, leave=False) as bar, full_precision():
+            for images in batches:
+                f, y = self._extractor(images)
+                features.append(f)
+                logits.append(y)
+                bar.update(len(images))
+        return torch.cat(features), None if logits[0] is None else torch.cat(logits)  # type: ignore[arg-type]
+
+    def _real_features(self, device: torch.device, cache_dir: Path) -> Reals:
+        about = f"{self._dataset.digest} {self._extractor.protocol} {KEPT_ROWS}"
+        path = cache_dir / f"reals-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
+        if kept := load_cached(path, "mean", "cov", "n", "rows"):
+            return Reals(Moments(*kept[:3]), kept[3])
+        features, _ = self._collect(self._all_reals(device), len(self._dataset), "reals")
+        # the rows in an order of their own: folders come sorted
+        order = permute(torch.arange(min(KEPT_ROWS, len(features))), len(features), 0, torch.zeros((), dtype=torch.int64))
+        reals = Reals(moments(features), features[order.to(device)])
+        save_cached(path, {**vars(reals.moments), "rows": reals.rows})
+        return reals
+
+    def _all_reals(self, device: torch.device) -> Iterator[Tensor]:
+        for i in range(0, len(self._dataset), self._batch_size):
+            pixels = torch.from_numpy(self._dataset.images[i : i + self._batch_size].copy())
+            yield pixels.to(device).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No tf32 inside: features must not depend on what training allows itself."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def make_evaluator(config: dict[str, Any], dataset: Dataset, device: torch.device) -> Evaluator:
+    """The evaluator that a config with features, metrics, n, repeats, seed and batch_size describes."""
+    extractor = build.build_features(config["features"], dataset, device, default_cache_dir())
+    sizes = {k: config[k] for k in ("metrics", "n", "repeats", "seed", "batch_size")}
+    if "is" in sizes["metrics"] and dataset.img_channels == 1:
+        print0("metrics=is: the Inception score of grey pictures means little")
+    return Evaluator(dataset, extractor, **sizes)
+
+
+def record(run_dir: Path, name: str, cur_nimg: int, result: Result, more: dict[str, float] | None = None) -> None:
+    """Add a line to the folder's metrics.jsonl."""
+    line = {"ckpt": name, "cur_nimg": cur_nimg, **result.values, **(more or {}), "protocol": result.protocol}
+    append_line(run_dir / "metrics.jsonl", json.dumps(line))
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole."""
+    path, lines = run_dir / "metrics.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # a line that a kill cut short
+            continue
+    return lines
+
+
+def evaluate(cfg: DictConfig) -> list[Result]:
+    """Judge one or several checkpoints as `cfg` (an EvalConfig) says; prints a table and adds to each folder's metrics.jsonl."""
+    validate_eval(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    device = pick_device(config["device"])
+    precision = drawing_precision(config["precision"], device)
+    prepare_process(device, precision, threads=0)
+    named = config["ckpt"] if isinstance(config["ckpt"], list) else [config["ckpt"]]
+    paths = [checkpoint.find(ckpt) for ckpt in named]
+    results: list[Result] = []
+    evaluator, described = None, None
+    for path in paths:
+        parts = checkpoint.load(path)
+        data, features = _data_of(parts, config["data"]), _features_of(parts, config)
+        if evaluator is None or described != (data, features):
+            dataset, described = build.build_dataset(data), (data, features)
+            evaluator = make_evaluator({**config, "features": features}, dataset, device)
+        if parts["sizes"]["label_dim"] not in (0, dataset.label_dim):
+            raise UserError(f"ckpt={path}: has {parts['sizes']['label_dim']} classes, the data has {dataset.label_dim}")
+        G = restore_generator(parts, device)
+        results.append(evaluator(G, precision, default_cache_dir()))
+        record(path.parent, path.name, int(parts["cur_nimg"]), results[-1])
+    print(table(paths, results))
+    return results
+
+
+def _data_of(parts: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The data node of the checkpoint's run, with what the command line changes."""
+    data = {**parts["config"]["data"], **{k: v for k, v in overrides.items() if v is not None}}
+    if not str(data.get("_target_")).startswith("vgan.data."):
+        raise UserError(f"data._target_={data.get('_target_')}: a checkpoint may name vgan's own data sets only")
+    return data
+
+
+def _features_of(parts: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The features of the command line, else those of the checkpoint's run, which may name vgan's own only."""
+    features = dict(config["features"] or {})
+    if not features:
+        features = dict(parts["config"].get("features") or {"_target_": "vgan.features.Inception"})
+        if not str(features.get("_target_")).startswith("vgan.features."):
+            raise UserError(f"features={features.get('_target_')}: a checkpoint may name vgan's own only; give features=...")
+    if config["weights"]:
+        features["weights"] = config["weights"]
+    return features
+
+
+def table(paths: Sequence[Path], results: Sequence[Result]) -> str:
+    """The results as text, under a heading for each protocol."""
+    lines: list[str] = []
+    left = list(zip(paths, results))
+    while left:
+        first = left[0][1]
+        same = [(p, r) for p, r in left if r.comparable(first)]
+        left = [(p, r) for p, r in left if not r.comparable(first)]
+        if lines:
+            lines += ["", "NOT comparable with the results above, as the protocol differs:"]
+        lines += [f"{p.parent.name}/{p.name}   {format_values(r.values)}" for p, r in same]
+        lines += [f"  {k:<9} {v}" for k, v in first.protocol.items()]
+    return "\n".join(lines)
+
+
+def format_values(values: dict[str, float]) -> str:
+    """'fid 12.34   kid 0.0123 +- 0.0004'"""
+    shown: dict[str, Callable[[float], str]] = {"kid": lambda v: f"{v:.5f}"}
+    parts = []
+    for name in SMALLER_IS_BETTER:
+        if name in values:
+            text = shown.get(name, lambda v: f"{v:.3f}")
+            spread = values.get(f"{name}_ci", values.get(f"{name}_std"))
+            parts.append(f"{name} {text(values[name])}" + ("" if spread is None else f" +- {text(spread)}"))
+    return "   ".join(parts)
