@@ -46,7 +46,7 @@ from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.randomness import Streams
-from vgan.steps import compiled, d_step, g_step
+from vgan.steps import Batch, compiled, d_step, g_step, train_step
 from vgan.train import Run, set_up
 
 DENSE, GROUPED = (f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped"))
@@ -115,8 +115,7 @@ class Subject:
         penalty = self.penalty_every if self.step % self.penalty_every == 0 else 0
         batch, run = self.inputs(), self.run
         now = run.moment_at(self.step * self.batch_size)
-        d_step(run.state, run.recipe, now, *batch, penalty)
-        g_step(run.state, run.recipe, now, *batch)
+        train_step(run.state, run.recipe, now, *batch, penalty)
         update_ema(run.state.G_ema, run.state.G, 0.999)
 
 
@@ -205,8 +204,13 @@ def phases(subject: Subject, seconds: float) -> dict[str, float]:
     """Seconds a step in each phase. What cannot run alone (the penalty, a network without its optimizer) is a difference."""
     run = subject.run
     state, recipe, now = run.state, run.recipe, run.moment_at(0)
-    batch = subject.inputs()
+    batch = Batch(*subject.inputs())
     share = seconds / 5
+    fake = recipe.generate(state.G, recipe, batch.c, batch.streams).detach()
+    logits_real = d_step(state, recipe, now, batch, fake, 0)[1]
+
+    def g_phase() -> None:
+        g_step(state, recipe, now, batch, recipe.generate(state.G, recipe, batch.c, batch.streams), logits_real)
 
     def optimize() -> None:
         state.opt_D.step()
@@ -214,9 +218,9 @@ def phases(subject: Subject, seconds: float) -> dict[str, float]:
 
     times = {
         "feed": time_of(subject, subject.inputs, share),
-        "D": time_of(subject, lambda: d_step(state, recipe, now, *batch, 0), share),
-        "D+P": time_of(subject, lambda: d_step(state, recipe, now, *batch, 1), share),
-        "G": time_of(subject, lambda: g_step(state, recipe, now, *batch), share),
+        "D": time_of(subject, lambda: d_step(state, recipe, now, batch, fake, 0), share),
+        "D+P": time_of(subject, lambda: d_step(state, recipe, now, batch, fake, 1), share),
+        "G": time_of(subject, g_phase, share),
         "optimizers": time_of(subject, optimize, share),
         "EMA": time_of(subject, lambda: update_ema(state.G_ema, state.G, 0.999), share / 5),
     }
@@ -268,19 +272,19 @@ class Counter(TorchDispatchMode):
 def roofline(subject: Subject, flops_per_s: float, bytes_per_s: float) -> Counter:
     """What a step with penalty must do, and the seconds that this takes at the measured ceilings."""
     run = subject.run
-    state, recipe = run.state, replace(run.recipe, d_forward=type(run.recipe).d_forward, g_forward=type(run.recipe).g_forward)
+    kind = type(run.recipe)
+    recipe = replace(run.recipe, generate=kind.generate, d_forward=kind.d_forward, g_forward=kind.g_forward)
     batch, now = subject.inputs(), run.moment_at(0)
     totals = []
     for weight in dict.fromkeys((1, 0 if subject.penalty_every > 1 else 1)):
         with Counter(flops_per_s, bytes_per_s) as counter:
-            d_step(state, recipe, now, *batch, weight)
-            g_step(state, recipe, now, *batch)
+            train_step(run.state, recipe, now, *batch, weight)
         totals.append(counter)
     for name in ("flops", "bytes", "seconds"):
         with_penalty, without = (getattr(totals[i], name) for i in (0, -1))
         setattr(counter, name, without + (with_penalty - without) / subject.penalty_every)
     # Adam reads p, g, m, v and writes p, m, v; the average reads two and writes one; all float32
-    moved = 4 * sum(p.numel() * (7 + 3 * (net is state.G)) for net in (state.G, state.D) for p in net.parameters())
+    moved = 4 * sum(p.numel() * (7 + 3 * (net is run.state.G)) for net in (run.state.G, run.state.D) for p in net.parameters())
     counter.bytes += moved
     counter.seconds += moved / bytes_per_s
     return counter

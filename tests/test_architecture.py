@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
     {"distributed", "errors"},
     {"config", "device", "files", "images", "kernels", "randomness", "stopping"},
-    {"augment", "data", "ema", "losses", "metrics", "models", "penalties", "schedules"},
+    {"augment", "controls", "data", "ema", "losses", "metrics", "models", "penalties", "schedules"},
     {"build", "checkpoint", "features", "stats", "steps", "usage"},
     {"drawing"},
     {"evaluate"},

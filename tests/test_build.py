@@ -16,7 +16,7 @@ from vgan.config import CONFIG_DIR, validate
 from vgan.data.feed import Feed
 from vgan.errors import UserError
 from vgan.randomness import Streams
-from vgan.steps import d_step, g_step
+from vgan.steps import train_step
 from vgan.train import set_up
 
 CPU = torch.device("cpu")
@@ -43,8 +43,7 @@ def one_step(config: dict[str, Any]) -> dict[str, float]:
     feed = Feed(run.dataset, config["batch_size"], config["seed"], CPU)
     real, c = feed.batch(0)
     streams, now = Streams(config["seed"], 0, config["batch_size"]), run.moment_at(0)
-    scalars = d_step(run.state, run.recipe, now, real, c, streams, 1)
-    scalars |= g_step(run.state, run.recipe, now, real, c, streams)
+    scalars = train_step(run.state, run.recipe, now, real, c, streams, 1)
     after = [*run.state.G.parameters(), *run.state.D.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before, after))
     return {k: v.item() for k, v in scalars.items()}
@@ -59,6 +58,7 @@ def test_options_build_and_take_a_step(group: str, option: str) -> None:
         "loss/G",
         "logits/real",
         "logits/fake",
+        "logits/real_sign",
         "penalty/r1",
         "penalty/r2",
         "grad_norm/D",

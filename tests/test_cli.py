@@ -345,7 +345,7 @@ def test_out_of_memory_says_what_to_lower(run: Cli, monkeypatch: pytest.MonkeyPa
     def step(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(vgan.train, "d_step", step)
+    monkeypatch.setattr(vgan.train, "train_step", step)
     assert "smaller batch_size" in message(*run.train(*TINY, "run_dir=r"))
 
 

@@ -17,7 +17,7 @@ from vgan.models.generator import Generator
 from vgan.penalties import PENALTIES
 from vgan.randomness import Streams, signs, words
 from vgan.stats import Stats
-from vgan.steps import Moment, Recipe, State, compiled, d_forward, d_step, g_forward, g_step
+from vgan.steps import Batch, Moment, Recipe, Scalars, State, compiled, d_forward, d_step, g_forward, g_step, generate, train_step
 
 CPU = torch.device("cpu")
 NOW = Moment(lr_G=1e-2, lr_D=2e-2, beta2=0.95, gamma=3.0, augment_p=0.0)
@@ -42,30 +42,53 @@ REAL = torch.linspace(-1, 1, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 C = torch.eye(2).repeat(2, 1)
 
 
+def step_d(
+    state: State, how: Recipe, streams: Streams, weight: float, device: torch.device = CPU
+) -> tuple[Scalars, torch.Tensor]:
+    batch = Batch(REAL.to(device), C.to(device), streams)
+    return d_step(state, how, NOW, batch, generate(state.G, how, batch.c, streams).detach(), weight)
+
+
+def step_g(state: State, how: Recipe, streams: Streams, logits_real: torch.Tensor) -> Scalars:
+    return g_step(state, how, NOW, Batch(REAL, C, streams), generate(state.G, how, C, streams), logits_real)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_step_trains_its_own_network_and_the_loss_falls(loss: str) -> None:
     state, streams = make_state(), Streams(0, 0, 4)
     G, D = weights(state.G), weights(state.D)
-    first = d_step(state, recipe(loss), NOW, REAL, C, streams, 1)["loss/D"]
+    scalars, logits_real = step_d(state, recipe(loss), streams, 1)
+    first = scalars["loss/D"]
     assert all(torch.equal(a, b) for a, b in zip(G, weights(state.G)))
     assert any(not torch.equal(a, b) for a, b in zip(D, weights(state.D)))
     for _ in range(3):
-        last = d_step(state, recipe(loss), NOW, REAL, C, streams, 1)["loss/D"]
+        last = step_d(state, recipe(loss), streams, 1)[0]["loss/D"]
     assert last < first
     D = weights(state.D)
-    first = g_step(state, recipe(loss), NOW, REAL, C, streams)["loss/G"]
+    first = step_g(state, recipe(loss), streams, logits_real)["loss/G"]
     assert all(torch.equal(a, b) for a, b in zip(D, weights(state.D)))
     assert any(not torch.equal(a, b) for a, b in zip(G, weights(state.G)))
     for _ in range(3):
-        last = g_step(state, recipe(loss), NOW, REAL, C, streams)["loss/G"]
+        last = step_g(state, recipe(loss), streams, logits_real)["loss/G"]
     assert last < first
     assert all(p.requires_grad for p in state.D.parameters())
 
 
+def test_one_step_is_a_step_of_d_and_then_one_of_g() -> None:
+    """Drawn once for both; G is judged by the D that has just learned, against the reals' logits from before."""
+    whole, parts, streams = make_state(), make_state(), Streams(0, 0, 4)
+    train_step(whole, recipe(), NOW, REAL, C, streams, 1)
+    logits_real = step_d(parts, recipe(), streams, 1)[1]
+    before = make_state()
+    assert torch.equal(logits_real, before.D(REAL, C).detach())
+    step_g(parts, recipe(), streams, logits_real)
+    for ours, theirs in ((whole.G, parts.G), (whole.D, parts.D)):
+        assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs)))
+
+
 def test_schedules_reach_the_optimizers() -> None:
     state, streams = make_state(), Streams(0, 0, 4)
-    d_step(state, recipe(), NOW, REAL, C, streams, 0)
-    g_step(state, recipe(), NOW, REAL, C, streams)
+    train_step(state, recipe(), NOW, REAL, C, streams, 0)
     assert (state.opt_D.param_groups[0]["lr"], state.opt_G.param_groups[0]["lr"]) == (2e-2, 1e-2)
     assert state.opt_D.param_groups[0]["betas"] == (0.0, 0.95)
 
@@ -76,7 +99,7 @@ def test_gradient_is_of_loss_plus_half_gamma_times_penalties() -> None:
     with torch.no_grad():
         for p in state.D.parameters():
             p.add_(0.05 * torch.randn_like(p))
-        fake = state.G(streams.normal("z_d", 8), C)
+        fake = state.G(streams.normal("z", 8), C)
     v = torch.cat(streams.signs("tangent", 2 * 768).chunk(2, dim=1)).view(8, 3, 16, 16)
     images, c = torch.cat([REAL, fake]), torch.cat([C, C])
     logits, slope = torch.func.jvp(lambda x: state.D(x, c), (images,), (v,))
@@ -84,17 +107,17 @@ def test_gradient_is_of_loss_plus_half_gamma_times_penalties() -> None:
     r1, r2 = (s.square().mean() for s in slope.chunk(2))
     loss = torch.nn.functional.softplus(fake_logits - real).mean() + 4 * 3.0 / 2 * (r1 + r2)
     expected = torch.autograd.grad(loss, list(state.D.parameters()))
-    scalars = d_step(state, recipe(), NOW, REAL, C, streams, 4)
+    scalars = step_d(state, recipe(), streams, 4)[0]
     assert scalars["penalty/r1"].item() == pytest.approx(r1.item(), rel=1e-5)
     assert scalars["penalty/r2"].item() == pytest.approx(r2.item(), rel=1e-5)
     for p, g in zip(state.D.parameters(), expected):
         assert p.grad is not None
         assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5)
-    assert "penalty/r1" not in d_step(state, recipe(), NOW, REAL, C, streams, 0)
+    assert "penalty/r1" not in step_d(state, recipe(), streams, 0)[0]
 
 
 def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
-    """Same statistics as plain steps; one graph for G and two for D, then none whatever changes."""
+    """Same statistics as plain steps; a graph for the fakes, one for G and two for D, then none whatever changes."""
     torch._dynamo.reset()
     graphs = []
 
@@ -104,18 +127,18 @@ def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
 
     plain = replace(recipe(), augment=Augment(list(TRANSFORMS)))
     options = {"fullgraph": True, "dynamic": False, "backend": count}
-    whole = replace(plain, d_forward=torch.compile(d_forward, **options), g_forward=torch.compile(g_forward, **options))
+    parts = {f.__name__: torch.compile(f, **options) for f in (generate, d_forward, g_forward)}
+    whole = replace(plain, **parts)
     ours, theirs = make_state(), make_state()
     for step in range(6):
         now = Moment(1e-3 / (step + 1), 2e-3 / (step + 1), 0.9 + 0.01 * step, 3.0 - 0.3 * step, 0.1 * step)
         scalars = []
         for state, how in ((ours, plain), (theirs, whole)):
             streams, weight = Streams(0, 4 * step, 4), 2 * (step % 2)
-            of_d = d_step(state, how, now, REAL * (1 - 0.1 * step), C, streams, weight)
-            scalars.append(of_d | g_step(state, how, now, REAL, C, streams))
+            scalars.append(train_step(state, how, now, REAL * (1 - 0.1 * step), C, streams, weight))
         plain_values, values = ({k: v.item() for k, v in s.items()} for s in scalars)
         assert values == pytest.approx(plain_values, rel=1e-3, abs=1e-3)
-        assert len(graphs) == (2 if step == 0 else 3)
+        assert len(graphs) == (3 if step == 0 else 4)
 
 
 @pytest.mark.skipif(missing_compiler(CPU) is not None, reason="needs a C++ compiler")
@@ -131,7 +154,7 @@ def test_compiled_random_numbers_are_the_same_to_the_last_bit() -> None:
 def test_every_penalty_trains(penalty: str) -> None:
     state = make_state()
     how = replace(recipe(), penalty=penalty)
-    scalars = d_step(state, how, NOW, REAL, C, Streams(0, 0, 4), 1)
+    scalars = train_step(state, how, NOW, REAL, C, Streams(0, 0, 4), 1)
     assert scalars["penalty/r1"] > 0
     assert scalars["grad_norm/D"] > 0
 
@@ -147,11 +170,12 @@ def test_steps_on_a_gpu_agree_with_the_cpu(precision: str) -> None:
     scalers = [torch.amp.GradScaler("cuda", enabled=precision == "fp16") for _ in range(2)]
     on_gpu = State(G, D, ema_copy(G), *opts, *scalers)
     there = Recipe(*LOSSES["rpgan"], True, Augment(), device, precision)
-    a = d_step(on_cpu, recipe(), NOW, REAL, C, Streams(0, 0, 4), 1)
-    b = d_step(on_gpu, there, NOW, REAL.to(device), C.to(device), Streams(0, 0, 4, device), 1)
+    a = step_d(on_cpu, recipe(), Streams(0, 0, 4), 1)[0]
+    b = step_d(on_gpu, there, Streams(0, 0, 4, device), 1, device)[0]
     for name in ("loss/D", "logits/real", "penalty/r1"):
         assert b[name].item() == pytest.approx(a[name].item(), rel=0.05, abs=0.02)
-    assert torch.isfinite(g_step(on_gpu, there, NOW, REAL.to(device), C.to(device), Streams(0, 0, 4, device))["loss/G"])
+    scalars = train_step(on_gpu, there, NOW, REAL.to(device), C.to(device), Streams(0, 0, 4, device), 1)
+    assert torch.isfinite(scalars["loss/G"])
 
 
 @pytest.mark.gpu
@@ -173,8 +197,7 @@ def test_the_loop_never_waits_for_the_gpu(hold: bool) -> None:
         try:
             streams = Streams(0, 4 * step, 4, device)
             real, c = feed.batch(4 * step)
-            stats.add(d_step(state, how, NOW, real, c, streams, 1))
-            stats.add(g_step(state, how, NOW, real, c, streams))
+            stats.add(train_step(state, how, NOW, real, c, streams, 1))
             update_ema(state.G_ema, state.G, 0.9)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -198,7 +221,6 @@ def test_compiled_steps_on_a_gpu_agree_with_plain_ones(cuda_graphs: bool) -> Non
         scalars = []
         for state, how in zip(states, recipes):
             streams = Streams(0, 4 * step, 4, device)
-            a = d_step(state, how, NOW, REAL.to(device), C.to(device), streams, 1)
-            b = g_step(state, how, NOW, REAL.to(device), C.to(device), streams)
-            scalars.append({k: v.item() for k, v in (a | b).items()})
+            values = train_step(state, how, NOW, REAL.to(device), C.to(device), streams, 1)
+            scalars.append({k: v.item() for k, v in values.items()})
         assert scalars[1] == pytest.approx(scalars[0], rel=0.01, abs=1e-3)

@@ -1,6 +1,7 @@
 """The loop: resume after a kill is bit-exact, stopping saves, the step does what it says."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from vgan import checkpoint, cli  # noqa: F401  (cli registers the schemas)
 from vgan.config import CONFIG_DIR
+from vgan.controls import usual_gamma
 from vgan.stopping import StopRequest
 from vgan.train import due, train
 
@@ -26,8 +28,8 @@ TINY = [
 # Every step takes at least 10 ms, so that a kill lands inside the run and not after it.
 SLOW = """
 import time, vgan.train
-step = vgan.train.d_step
-vgan.train.d_step = lambda *a: (time.sleep(0.01), step(*a))[1]
+step = vgan.train.train_step
+vgan.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
 from vgan.cli import train_main
 train_main()
 """
@@ -144,3 +146,26 @@ def test_evaluation_in_a_run_keeps_the_best(tmp_path: Path) -> None:
     # the same command, longer, knows what was best before
     train_in_process(run_dir, *overrides[:-1], "total_kimg=0.128")
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["best"] <= lines[-1]["best"]
+
+
+def test_augmentation_and_gamma_that_follow_the_run_are_written_and_resumed(tmp_path: Path) -> None:
+    adaptive = [
+        "augment=adaptive",
+        "augment.target=-0.9",
+        "augment.adapt_kimg=0.5",
+        "gamma=auto",
+        "loss.penalty_every=1",
+        "schedule_kimg=0.4",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_in_process(whole, *adaptive)
+    train_in_process(cut, *adaptive, "total_kimg=0.2")
+    train_in_process(cut, *adaptive)
+    assert_same_run(whole, cut)
+    ticks = [json.loads(line) for line in (whole / "stats.jsonl").read_text().splitlines()]
+    assert 0.5 < ticks[-1]["augment_p"] < 1
+    assert ticks[0]["augment_p"] < ticks[-1]["augment_p"]
+    scheduled = [usual_gamma(16, 8)[0] * (0.75 + 0.25 * math.cos(math.pi * t["cur_nimg"] / 400)) for t in ticks]
+    ratios = [t["gamma"] / s for t, s in zip(ticks, scheduled)]
+    assert ratios[0] == pytest.approx(1, abs=0.1)
+    assert ratios[-1] != pytest.approx(1, abs=1e-3)  # corrected by what was seen

@@ -67,8 +67,10 @@ class LossConfig:
 @dataclass
 class AugmentConfig:
     name: str = MISSING
-    transforms: list[str] = key("some of flip, translation, cutout, colour")
+    transforms: list[str] = key("some of those in vgan/augment.py: flip, translation, rotation, hue, cutout, ...")
     p: Ramp = key("probability of each transform for a picture, .start and .end", Ramp)
+    target: float | None = key("augment=adaptive: p moves to keep the sign of real logits at this mean; null: p as scheduled")
+    adapt_kimg: float = key("augment=adaptive: thousands of images in which p could go from 0 to 1")
 
 
 @dataclass
@@ -118,6 +120,7 @@ class TrainConfig:
     size: SizeConfig = key("how large they are", SizeConfig)
     data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
     penalty: str = key("forward (one tangent pass), exact (double backward) or difference (float32, for any network)")
+    gamma: str = key("schedule (loss.gamma) or auto (from resolution and batch, corrected by the gradient norms of the run)")
     loss: LossConfig = key("what the two networks are trained for", LossConfig)
     augment: AugmentConfig = key("changes to the pictures before the discriminator sees them", AugmentConfig)
     optim: OptimConfig = key("how the weights move", OptimConfig)
@@ -200,6 +203,15 @@ def validate(cfg: Any) -> None:
     require(cfg.depthwise in ("auto", "torch", "triton"), "depthwise", cfg.depthwise, "must be auto, torch or triton")
     require(cfg.depthwise != "triton" or cfg.penalty != "exact", "depthwise", "triton", "needs penalty=forward or difference")
     require(cfg.penalty in PENALTIES, "penalty", cfg.penalty, f"must be one of {', '.join(PENALTIES)}")
+    require(
+        cfg.gamma in ("schedule", "auto"),
+        "gamma",
+        cfg.gamma,
+        "must be schedule or auto; numbers go into loss.gamma",
+    )
+    if cfg.augment.target is not None:
+        require(-1 < cfg.augment.target < 1, "augment.target", cfg.augment.target, "must be between -1 and 1")
+    require(cfg.augment.adapt_kimg > 0, "augment.adapt_kimg", cfg.augment.adapt_kimg, "must be above 0")
     require(str(cfg.compile).lower() in ("auto", "true", "false"), "compile", cfg.compile, "must be auto, true or false")
     require(cfg.size.z_dim > 0, "size.z_dim", cfg.size.z_dim, "must be above 0")
     require(cfg.size.blocks > 0, "size.blocks", cfg.size.blocks, "must be above 0")

@@ -1,13 +1,14 @@
 """One training step of each network: the algorithm, on one page."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vgan.augment import Augment
+from vgan.controls import Controls
 from vgan.device import autocast
 from vgan.losses import Loss
 from vgan.penalties import PENALTIES
@@ -27,13 +28,14 @@ class State:
     opt_D: torch.optim.Optimizer
     scaler_G: torch.amp.GradScaler  # disabled, and then a no-op, but for fp16
     scaler_D: torch.amp.GradScaler
+    controls: Controls = field(default_factory=Controls)
 
     def parts(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
 
     def load_parts(self, parts: dict[str, Any]) -> None:
         for name in self.__dataclass_fields__:
-            if parts[name]:  # empty for a scaler of a run that was not in fp16
+            if parts.get(name):  # empty for a scaler of a run that was not in fp16; older checkpoints have no controls
                 getattr(self, name).load_state_dict(parts[name])
 
 
@@ -63,20 +65,27 @@ class Batch(NamedTuple):
     streams: Streams
 
 
-def knobs_at(now: Moment, device: torch.device, penalty_weight: float) -> Knobs:
+def knobs_at(now: Moment, controls: Controls, device: torch.device, penalty_weight: float) -> Knobs:
     # filled by a kernel rather than copied from the host, which would wait for the device
-    return Knobs(*(torch.full((), x, device=device) for x in (now.gamma * penalty_weight, now.augment_p)))
+    gamma = torch.full((), now.gamma * penalty_weight, device=device) * controls.gamma_factor()
+    return Knobs(gamma, controls.augment_p if controls.target is not None else torch.full((), now.augment_p, device=device))
 
 
-def d_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, penalize: bool) -> tuple[Tensor, Scalars]:
-    """What D minimises on a batch, and the step's statistics. One graph without breaks under torch.compile.
+def generate(G: nn.Module, recipe: "Recipe", c: Tensor, streams: Streams) -> Tensor:
+    """The fakes (N, C, H, W) float32 of a step, of classes c. One graph without breaks under torch.compile."""
+    with autocast(recipe.device, recipe.precision):
+        return G(streams.normal("z", G.z_dim), c).float()  # type: ignore[arg-type]
+
+
+def d_forward(
+    D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, fake: Tensor, penalize: bool
+) -> tuple[Tensor, Tensor, Scalars]:
+    """What D minimises on a batch, the reals' logits, and the step's statistics. One graph without breaks under torch.compile.
 
     The penalties are taken where D looks, after augmentation.
     """
     real, c, streams = batch
     with autocast(recipe.device, recipe.precision):
-        with torch.no_grad():
-            fake = G(streams.normal("z_d", G.z_dim), c).float()  # type: ignore[arg-type]
         real = recipe.augment(real, knobs.augment_p, streams, "real")
         fake = recipe.augment(fake, knobs.augment_p, streams, "fake_d")
         images, cc = torch.cat([real, fake]), torch.cat([c, c])
@@ -88,24 +97,22 @@ def d_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch:
             logits, slopes = D(images, cc), None
     logits_real, logits_fake = logits.float().chunk(2)
     loss = recipe.d_loss(logits_real, logits_fake)
+    compared = (logits_real - logits_fake if recipe.relativistic else logits_real).detach()
     scalars = {"loss/D": loss.detach(), "logits/real": logits_real.detach().mean(), "logits/fake": logits_fake.detach().mean()}
+    scalars["logits/real_sign"] = compared.sign().mean()
     if slopes is not None:
         r1, r2 = (s.mean() for s in slopes.chunk(2))
         loss = loss + knobs.gamma / 2 * (r1 + r2)
         scalars |= {"penalty/r1": r1.detach(), "penalty/r2": r2.detach()}
-    return loss, scalars
+    return loss, logits_real.detach(), scalars
 
 
-def g_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch) -> tuple[Tensor, Scalars]:
-    """What G minimises on a batch, and the step's statistics. One graph without breaks under torch.compile."""
-    real, c, streams = batch
+def g_forward(
+    D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, fake: Tensor, logits_real: Tensor
+) -> tuple[Tensor, Scalars]:
+    """What G minimises with its fakes, and the step's statistics. One graph without breaks under torch.compile."""
     with autocast(recipe.device, recipe.precision):
-        fake = G(streams.normal("z_g", G.z_dim), c).float()  # type: ignore[arg-type]
-        logits_fake = D(recipe.augment(fake, knobs.augment_p, streams, "fake_g"), c).float()
-        logits_real = logits_fake.detach()
-        if recipe.relativistic:
-            with torch.no_grad():
-                logits_real = D(recipe.augment(real, knobs.augment_p, streams, "real"), c).float()
+        logits_fake = D(recipe.augment(fake, knobs.augment_p, batch.streams, "fake_g"), batch.c).float()
     loss = recipe.g_loss(logits_real, logits_fake)
     return loss, {"loss/G": loss.detach()}
 
@@ -116,44 +123,70 @@ class Recipe:
 
     d_loss: Loss
     g_loss: Loss
-    relativistic: bool  # whether g_loss looks at the reals' logits
+    relativistic: bool  # whether the losses compare reals with fakes
     augment: Augment
     device: torch.device
     precision: str
     penalty: str = "forward"
-    d_forward: Callable[..., tuple[Tensor, Scalars]] = d_forward
+    generate: Callable[..., Tensor] = generate
+    d_forward: Callable[..., tuple[Tensor, Tensor, Scalars]] = d_forward
     g_forward: Callable[..., tuple[Tensor, Scalars]] = g_forward
 
 
-def d_step(
+def train_step(
     state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams, penalty_weight: float
 ) -> Scalars:
-    """Train D on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) against fakes of the same classes.
+    """One step of D, then one of G, on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) and as many fakes of the same.
 
-    penalty_weight: 0 leaves R1 and R2 out of this step; k where they are applied every k-th step, so that their mean
-    strength stays the same.
+    Both look at the same fakes, and G is compared with the reals' logits that D gave before its step: drawing and judging
+    anew for G took a sixth of the step. penalty_weight: 0 leaves R1 and R2 out; k where they are applied every k-th step, so
+    that their mean strength stays the same.
     """
+    batch, fake = Batch(real, c, streams), recipe.generate(state.G, recipe, c, streams)
+    of_d, logits_real = d_step(state, recipe, now, batch, fake.detach(), penalty_weight)
+    return of_d | g_step(state, recipe, now, batch, fake, logits_real)
+
+
+def d_step(
+    state: State, recipe: Recipe, now: Moment, batch: Batch, fake: Tensor, penalty_weight: float
+) -> tuple[Scalars, Tensor]:
+    """Train D on a batch and fakes of its classes; returns statistics and the reals' logits."""
     set_hyperparameters(state.opt_D, now.lr_D, now.beta2)
-    knobs, batch = knobs_at(now, recipe.device, penalty_weight), Batch(real, c, streams)
-    loss, scalars = recipe.d_forward(state.G, state.D, recipe, knobs, batch, penalty_weight > 0)
-    return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}
+    knobs = knobs_at(now, state.controls, recipe.device, penalty_weight)
+    loss, logits_real, scalars = recipe.d_forward(state.D, recipe, knobs, batch, fake, penalty_weight > 0)
+    state.controls.watch_signs(scalars["logits/real_sign"], len(fake))
+    if penalty_weight > 0:
+        penalty = knobs.gamma / penalty_weight / 2 * (scalars["penalty/r1"] + scalars["penalty/r2"])
+        state.controls.watch_penalty(penalty, round(len(fake) * penalty_weight))
+    return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}, logits_real
 
 
-def g_step(state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams) -> Scalars:
-    """Train G to make fakes of classes c (N, label_dim) that D takes for the reals."""
+def g_step(state: State, recipe: Recipe, now: Moment, batch: Batch, fake: Tensor, logits_real: Tensor) -> Scalars:
+    """Train G to make fakes, which carry its gradient, that D takes for the reals."""
     set_hyperparameters(state.opt_G, now.lr_G, now.beta2)
     state.D.requires_grad_(False)
-    knobs, batch = knobs_at(now, recipe.device, 0), Batch(real, c, streams)
-    loss, scalars = recipe.g_forward(state.G, state.D, recipe, knobs, batch)
-    norm = _descend(state.G, state.opt_G, state.scaler_G, loss)
+    knobs = knobs_at(now, state.controls, recipe.device, 0)
+    seen = fake.detach().requires_grad_()  # a compiled graph wants leaves
+    loss, scalars = recipe.g_forward(state.D, recipe, knobs, batch, seen, logits_real)
+    norm = _descend(state.G, state.opt_G, state.scaler_G, loss, (seen, fake))
     state.D.requires_grad_(True)
     return scalars | {"grad_norm/G": norm}
 
 
-def _descend(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
-    """Backward and one optimizer step; returns the gradient's norm."""
+def _descend(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loss: Tensor,
+    joint: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Backward and one optimizer step; returns the gradient's norm. joint: the leaf where the loss's graph ends, and the
+    result of another graph, which its gradient goes on into."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    if joint is not None:
+        leaf, result = joint
+        result.backward(leaf.grad)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
     scaler.step(optimizer)
@@ -170,10 +203,11 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: floa
 
 
 def compiled(recipe: Recipe, cuda_graphs: bool = False) -> Recipe:
-    """The recipe with its forward passes compiled: one graph for G, one for D, one more for D where penalties skip steps.
+    """The recipe with its forward passes compiled: a graph for each, and one more for D where penalties skip steps.
 
     Later steps find them ready: whatever changes along the schedules enters as a tensor. cuda_graphs replays each
     graph's kernels in one launch, at the price of memory that is kept.
     """
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if cuda_graphs else None}
-    return replace(recipe, d_forward=torch.compile(d_forward, **options), g_forward=torch.compile(g_forward, **options))
+    parts: dict[str, Any] = {f.__name__: torch.compile(f, **options) for f in (generate, d_forward, g_forward)}
+    return replace(recipe, **parts)

@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # Windows
 
 from vgan import build, checkpoint
 from vgan.config import validate
+from vgan.controls import Controls, usual_gamma
 from vgan.data.feed import Feed
 from vgan.data.source import Dataset
 from vgan.data.store import default_cache_dir
@@ -36,7 +37,7 @@ from vgan.models.layers import fuse_depthwise
 from vgan.randomness import Streams
 from vgan.schedules import cosine, ema_decay
 from vgan.stats import Journal, Stats
-from vgan.steps import Moment, Recipe, State, compiled, d_step, g_step
+from vgan.steps import Moment, Recipe, State, compiled, train_step
 from vgan.stopping import Stopped, StopRequest
 
 GRID_PICTURES = 64
@@ -93,13 +94,15 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     d_loss, g_loss = build.build_loss(loss["name"])
     transforms = build.build_augment(augment["transforms"])
     recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision, config["penalty"])
+    dataset = build.build_dataset(config["data"])
     ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {k: optim[k] for k in ("lr_G", "lr_D", "beta2")}
+    if config["gamma"] == "auto":
+        ramps["gamma"] = dict(zip(("start", "end"), usual_gamma(dataset.img_resolution, config["batch_size"])))
     schedules = {name: cosine(ramp["start"], ramp["end"], config["schedule_kimg"]) for name, ramp in ramps.items()}
 
     def moment_at(cur_nimg: int) -> Moment:
         return Moment(**{name: schedule(cur_nimg) for name, schedule in schedules.items()})
 
-    dataset = build.build_dataset(config["data"])
     sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
     G, D = (network.to(device) for network in build.build_networks(config["model"], sizes, config["seed"]))
     if pick_depthwise(config["depthwise"], device) == "triton":
@@ -109,7 +112,8 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     opt_G = build.build_optimizer(optim["optimizer"], G, optim["lr_G"]["start"], betas)
     opt_D = build.build_optimizer(optim["optimizer"], D, optim["lr_D"]["start"], betas)
     scaler_G, scaler_D = (torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2))
-    state = State(G, D, ema_copy(G), opt_G, opt_D, scaler_G, scaler_D)
+    controls = Controls(augment["target"], augment["adapt_kimg"], correct_gamma=config["gamma"] == "auto").to(device)
+    state = State(G, D, ema_copy(G), opt_G, opt_D, scaler_G, scaler_D, controls)
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
     identity = {"config": config, "sizes": sizes, "data": data}
     return Run(config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity)
@@ -157,8 +161,7 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
             now = run.moment_at(cur_nimg)
             penalize = (cur_nimg // batch_size) % penalty_every == 0
             real, label = feed.batch(cur_nimg)
-            stats.add(d_step(state, recipe, now, real, label, streams, penalty_every if penalize else 0))
-            stats.add(g_step(state, recipe, now, real, label, streams))
+            stats.add(train_step(state, recipe, now, real, label, streams, penalty_every if penalize else 0))
             before, cur_nimg = cur_nimg, cur_nimg + batch_size
             update_ema(state.G_ema, state.G, ema_decay(ema["halflife_kimg"], ema["ramp"], cur_nimg, batch_size))
             bar.update(batch_size)
@@ -166,7 +169,7 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
             last = cur_nimg >= total_nimg or stop.requested
             if last or due(config["tick_kimg"], before, cur_nimg):
                 means = stats.means()
-                journal.write(cur_nimg, means | asdict(now) | watch.lap(cur_nimg, feed.waited_s, recipe.device))
+                journal.write(cur_nimg, means | _knobs(now, state.controls) | watch.lap(cur_nimg, feed.waited_s, recipe.device))
                 bar.set_postfix_str(" ".join(f"{k} {means[f'loss/{k}']:.3f}" for k in "DG"))
             if last or due(config["snapshot_kimg"], before, cur_nimg):
                 fakes = _save_grid(run.run_dir / f"fakes-{cur_nimg:09d}.png", _draw(run, z, c))
@@ -241,6 +244,13 @@ class Watch:
             unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
             values["memory/peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         return values
+
+
+def _knobs(now: Moment, controls: Controls) -> dict[str, float]:
+    """The scheduled quantities, as corrected by the run."""
+    values = asdict(now)
+    values["gamma"] *= float(controls.gamma_factor())
+    return values if controls.target is None else values | {"augment_p": float(controls.augment_p)}
 
 
 def _total_nimg(config: dict[str, Any]) -> int:
