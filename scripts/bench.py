@@ -206,11 +206,7 @@ def phases(subject: Subject, seconds: float) -> dict[str, float]:
     state, recipe, now = run.state, run.recipe, run.moment_at(0)
     batch = Batch(*subject.inputs())
     share = seconds / 5
-    fake = recipe.generate(state.G, recipe, batch.c, batch.streams).detach()
-    logits_real = d_step(state, recipe, now, batch, fake, 0)[1]
-
-    def g_phase() -> None:
-        g_step(state, recipe, now, batch, recipe.generate(state.G, recipe, batch.c, batch.streams), logits_real)
+    logits_real = d_step(state, recipe, now, batch, 0)[1]
 
     def optimize() -> None:
         state.opt_D.step()
@@ -218,9 +214,9 @@ def phases(subject: Subject, seconds: float) -> dict[str, float]:
 
     times = {
         "feed": time_of(subject, subject.inputs, share),
-        "D": time_of(subject, lambda: d_step(state, recipe, now, batch, fake, 0), share),
-        "D+P": time_of(subject, lambda: d_step(state, recipe, now, batch, fake, 1), share),
-        "G": time_of(subject, g_phase, share),
+        "D": time_of(subject, lambda: d_step(state, recipe, now, batch, 0), share),
+        "D+P": time_of(subject, lambda: d_step(state, recipe, now, batch, 1), share),
+        "G": time_of(subject, lambda: g_step(state, recipe, now, batch, logits_real), share),
         "optimizers": time_of(subject, optimize, share),
         "EMA": time_of(subject, lambda: update_ema(state.G_ema, state.G, 0.999), share / 5),
     }
@@ -273,7 +269,7 @@ def roofline(subject: Subject, flops_per_s: float, bytes_per_s: float) -> Counte
     """What a step with penalty must do, and the seconds that this takes at the measured ceilings."""
     run = subject.run
     kind = type(run.recipe)
-    recipe = replace(run.recipe, generate=kind.generate, d_forward=kind.d_forward, g_forward=kind.g_forward)
+    recipe = replace(run.recipe, d_forward=kind.d_forward, g_forward=kind.g_forward)
     batch, now = subject.inputs(), run.moment_at(0)
     totals = []
     for weight in dict.fromkeys((1, 0 if subject.penalty_every > 1 else 1)):

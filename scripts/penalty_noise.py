@@ -68,7 +68,7 @@ def main() -> None:
         real, c = feed.batch(cur_nimg + batch * n)
         streams = Streams(1, cur_nimg + batch * n, n, recipe.device)
         with torch.no_grad():
-            fake = G(streams.normal("z", G.z_dim), c)  # type: ignore[arg-type]
+            fake = G(streams.normal("z_d", G.z_dim), c)  # type: ignore[arg-type]
         images, cc = torch.cat([real, fake]), torch.cat([c, c])
         if penalty is None:
             logits, slopes = D(images, cc), torch.zeros(2 * n)

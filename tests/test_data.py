@@ -390,3 +390,16 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path: Path) -> None
     with Image.open(tmp_path / "a.jpg") as image:
         image.draft(None, (64, 64))
         assert min(image.size) >= 64
+
+
+def test_held_out_pictures_are_never_trained_on(tmp_path: Path) -> None:
+    dataset = pack(Shapes(16, 100), tmp_path)
+    trained_on, held_out = dataset.split(30)
+    assert sorted([*trained_on, *held_out]) == list(range(100))
+    feed = Feed(dataset, 35, 3, torch.device("cpu"), holdout=30)
+    for epoch in (0, 70):
+        seen = torch.cat([feed.items(epoch), feed.items(epoch + 35)])
+        assert sorted(seen.tolist()) == trained_on.tolist()
+    feed.close()
+    with pytest.raises(UserError, match=r"holdout=99: leaves 1 of 100"):
+        dataset.split(99)

@@ -1,14 +1,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from vgan.data.shapes import Shapes
 from vgan.data.store import pack
+from vgan.errors import UserError
 from vgan.evaluate import Evaluator, Result, format_values, read_records, table
 from vgan.models.generator import PlainGenerator
+from vgan.randomness import normal
 
 
 class Means(torch.nn.Module):
@@ -105,3 +108,68 @@ def test_plain_generator_can_be_judged(dataset: object, tmp_path: Path) -> None:
     G = PlainGenerator(8, 16, [16, 8, 8], label_dim=8).eval().requires_grad_(False)
     once, again = (evaluator(G, "fp32", tmp_path).values["fid"] for _ in range(2))
     assert once == again
+
+
+class ByNumber(Repeating):
+    """Draws the i-th of its images for picture i of seed 0, in whatever order these are asked for."""
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        known = normal(0, "sample", torch.arange(len(self.images)), self.z_dim)
+        return self.images[torch.cdist(z, known).argmin(1)]
+
+
+def test_copies_are_found_and_shown(dataset: object, tmp_path: Path) -> None:
+    evaluator = Evaluator(dataset, Means(), ["copies", "diversity"], 100, 1, 0, 64, holdout=60)  # type: ignore[arg-type]
+    trained_on, held_out = dataset.split(60)  # type: ignore[attr-defined]
+    reals = reals_of(dataset)
+    copied = evaluator(ByNumber(reals[trained_on[:100]]), "fp32", tmp_path)
+    assert copied.values["nearest"] == pytest.approx(1, abs=1e-5)
+    assert copied.values["copies"] > 0.9
+    unseen = evaluator(Repeating(reals[held_out]), "fp32", tmp_path)
+    assert unseen.values["nearest"] == pytest.approx(unseen.values["nearest_reals"], abs=1e-3)
+    assert unseen.values["copies"] < 0.1
+    assert copied.nearest is not None
+    rows = copied.nearest.unflatten(0, (8, 8))  # each fake, then its nearest training pictures: itself first
+    assert torch.equal(rows[:, 0], rows[:, 1])
+
+
+def test_diversity_sees_the_class_that_collapsed(dataset: object, tmp_path: Path) -> None:
+    class OnePicture(Repeating):
+        def forward(self, z: Tensor, c: Tensor) -> Tensor:
+            out = super().forward(z, c)
+            out[c[:, 3] == 1] = 0.5
+            return out
+
+    evaluator = Evaluator(dataset, Means(), ["diversity"], 300, 1, 0, 300)  # type: ignore[arg-type]
+    reals = reals_of(dataset)
+    labels = evaluator._labels(torch.arange(300), 0).numpy()
+    order = np.concatenate([np.flatnonzero(labels == k) for k in range(8)])
+    pool = np.concatenate([np.flatnonzero(dataset.labels == k) for k in range(8)])  # type: ignore[attr-defined]
+    matched = torch.empty_like(reals)
+    matched[order] = reals[pool]  # fake i is a real of the class that fake i is asked for
+    varied = evaluator(Repeating(matched, label_dim=8), "fp32", tmp_path).values
+    assert varied["diversity"] == pytest.approx(1, abs=0.02)
+    assert varied["diversity_least"] == pytest.approx(1, abs=0.02)
+    collapsed = evaluator(OnePicture(matched, label_dim=8), "fp32", tmp_path).values
+    assert collapsed["diversity_least"] == 0
+    assert collapsed["diversity"] > 0.7
+
+
+def test_classes_are_counted_as_asked(dataset: object, tmp_path: Path) -> None:
+    class Sighted(Means):
+        """Sees the class in the first pixel."""
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+            return super().forward(images)[0], torch.eye(8)[images[:, 0, 0, 0].long().clamp(max=239) // 30]
+
+    class Painter(Repeating):
+        def forward(self, z: Tensor, c: Tensor) -> Tensor:
+            label = c.argmax(1).clamp(max=5)  # two classes are never drawn
+            return (label * 30 + 5).view(-1, 1, 1, 1).expand(-1, 3, 16, 16) / 127.5 - 1
+
+    evaluator = Evaluator(dataset, Sighted(), ["classes"], 300, 1, 0, 64)  # type: ignore[arg-type]
+    values = evaluator(Painter(reals_of(dataset), label_dim=8), "fp32", tmp_path).values
+    drawn = (dataset.labels < 6).mean()  # type: ignore[attr-defined]
+    assert values == {"as_asked": pytest.approx(drawn), "classes_seen": 6}
+    with pytest.raises(UserError, match="metrics=classes"):
+        Evaluator(dataset, Means(), ["classes"], 30, 1, 0, 64)(Painter(reals_of(dataset), 8), "fp32", tmp_path)  # type: ignore[arg-type]

@@ -84,6 +84,6 @@ def test_precision_and_recall_see_collapse_and_strangers(real: torch.Tensor) -> 
 
 def test_nearest_and_pairwise_distance() -> None:
     similarity, which = nearest(torch.tensor([[0.0, 3.0], [2.0, 2.1]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    assert which.tolist() == [1, 1]
-    assert similarity.tolist() == [pytest.approx(1), pytest.approx(2.1 / math.hypot(2, 2.1))]
+    assert which.tolist() == [[1], [1]]
+    assert similarity[:, 0].tolist() == [pytest.approx(1), pytest.approx(2.1 / math.hypot(2, 2.1))]
     assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])) == pytest.approx(10 / 3)

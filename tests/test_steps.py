@@ -17,7 +17,7 @@ from vgan.models.generator import Generator
 from vgan.penalties import PENALTIES
 from vgan.randomness import Streams, signs, words
 from vgan.stats import Stats
-from vgan.steps import Batch, Moment, Recipe, Scalars, State, compiled, d_forward, d_step, g_forward, g_step, generate, train_step
+from vgan.steps import Batch, Moment, Recipe, Scalars, State, compiled, d_forward, d_step, g_forward, g_step, train_step
 
 CPU = torch.device("cpu")
 NOW = Moment(lr_G=1e-2, lr_D=2e-2, beta2=0.95, gamma=3.0, augment_p=0.0)
@@ -46,11 +46,11 @@ def step_d(
     state: State, how: Recipe, streams: Streams, weight: float, device: torch.device = CPU
 ) -> tuple[Scalars, torch.Tensor]:
     batch = Batch(REAL.to(device), C.to(device), streams)
-    return d_step(state, how, NOW, batch, generate(state.G, how, batch.c, streams).detach(), weight)
+    return d_step(state, how, NOW, batch, weight)
 
 
 def step_g(state: State, how: Recipe, streams: Streams, logits_real: torch.Tensor) -> Scalars:
-    return g_step(state, how, NOW, Batch(REAL, C, streams), generate(state.G, how, C, streams), logits_real)
+    return g_step(state, how, NOW, Batch(REAL, C, streams), logits_real)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -75,7 +75,7 @@ def test_each_step_trains_its_own_network_and_the_loss_falls(loss: str) -> None:
 
 
 def test_one_step_is_a_step_of_d_and_then_one_of_g() -> None:
-    """Drawn once for both; G is judged by the D that has just learned, against the reals' logits from before."""
+    """G is judged by the D that has just learned, against the reals' logits from before."""
     whole, parts, streams = make_state(), make_state(), Streams(0, 0, 4)
     train_step(whole, recipe(), NOW, REAL, C, streams, 1)
     logits_real = step_d(parts, recipe(), streams, 1)[1]
@@ -99,7 +99,7 @@ def test_gradient_is_of_loss_plus_half_gamma_times_penalties() -> None:
     with torch.no_grad():
         for p in state.D.parameters():
             p.add_(0.05 * torch.randn_like(p))
-        fake = state.G(streams.normal("z", 8), C)
+        fake = state.G(streams.normal("z_d", 8), C)
     v = torch.cat(streams.signs("tangent", 2 * 768).chunk(2, dim=1)).view(8, 3, 16, 16)
     images, c = torch.cat([REAL, fake]), torch.cat([C, C])
     logits, slope = torch.func.jvp(lambda x: state.D(x, c), (images,), (v,))
@@ -117,7 +117,7 @@ def test_gradient_is_of_loss_plus_half_gamma_times_penalties() -> None:
 
 
 def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
-    """Same statistics as plain steps; a graph for the fakes, one for G and two for D, then none whatever changes."""
+    """Same statistics as plain steps; one graph for G and two for D, then none whatever changes."""
     torch._dynamo.reset()
     graphs = []
 
@@ -127,7 +127,7 @@ def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
 
     plain = replace(recipe(), augment=Augment(list(TRANSFORMS)))
     options = {"fullgraph": True, "dynamic": False, "backend": count}
-    parts = {f.__name__: torch.compile(f, **options) for f in (generate, d_forward, g_forward)}
+    parts = {f.__name__: torch.compile(f, **options) for f in (d_forward, g_forward)}
     whole = replace(plain, **parts)
     ours, theirs = make_state(), make_state()
     for step in range(6):
@@ -138,7 +138,7 @@ def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
             scalars.append(train_step(state, how, now, REAL * (1 - 0.1 * step), C, streams, weight))
         plain_values, values = ({k: v.item() for k, v in s.items()} for s in scalars)
         assert values == pytest.approx(plain_values, rel=1e-3, abs=1e-3)
-        assert len(graphs) == (3 if step == 0 else 4)
+        assert len(graphs) == (2 if step == 0 else 3)
 
 
 @pytest.mark.skipif(missing_compiler(CPU) is not None, reason="needs a C++ compiler")

@@ -169,3 +169,11 @@ def test_augmentation_and_gamma_that_follow_the_run_are_written_and_resumed(tmp_
     ratios = [t["gamma"] / s for t, s in zip(ticks, scheduled)]
     assert ratios[0] == pytest.approx(1, abs=0.1)
     assert ratios[-1] != pytest.approx(1, abs=1e-3)  # corrected by what was seen
+
+
+def test_held_out_logits_are_watched(tmp_path: Path) -> None:
+    train_in_process(tmp_path / "run", "holdout=20", "total_kimg=0.08")
+    ticks = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    for tick in ticks:
+        assert tick["logits/gap"] == pytest.approx(tick["logits/trained_on"] - tick["logits/held_out"], abs=1e-6)
+    assert ticks[-1]["logits/held_out"] != 0

@@ -18,7 +18,7 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PENALTIES = ("forward", "exact", "difference")
-METRICS = ("fid", "kid", "is", "pr")
+METRICS = ("fid", "kid", "is", "pr", "diversity", "classes", "copies")
 BEST_BY = ("fid", "kid", "is", "precision", "recall")
 
 
@@ -90,7 +90,7 @@ class EmaConfig:
 
 @dataclass
 class JudgeConfig:
-    metrics: list[str] = key("some of fid, kid, is, pr (precision and recall)")
+    metrics: list[str] = key("some of fid, kid, is, pr (precision and recall), diversity, classes, copies")
     n: int = key("pictures drawn for an evaluation; fid of fewer than 50,000 is no published FID")
     repeats: int = key("evaluations with other seeds; their mean and spread are given")
     best_by: str = key("the best checkpoint stays as best.pt: by fid, kid, is, precision or recall")
@@ -119,6 +119,7 @@ class TrainConfig:
     model: ModelConfig = key("the networks", ModelConfig)
     size: SizeConfig = key("how large they are", SizeConfig)
     data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
+    holdout: int = key("pictures that are kept out of training, to see over-fitting by: their logits beside the others'")
     penalty: str = key("forward (one tangent pass), exact (double backward) or difference (float32, for any network)")
     gamma: str = key("schedule (loss.gamma) or auto (from resolution and batch, corrected by the gradient norms of the run)")
     loss: LossConfig = key("what the two networks are trained for", LossConfig)
@@ -149,7 +150,7 @@ class EvalConfig:
     """Everything that vgan-eval reads."""
 
     ckpt: Any = key("a checkpoint file or a run folder (its newest checkpoint), or several: [a,b]")
-    metrics: list[str] = key("some of fid, kid, is, pr (precision and recall)")
+    metrics: list[str] = key("some of fid, kid, is, pr (precision and recall), diversity, classes, copies")
     n: int = key("pictures drawn; fid of fewer than 50,000 is no published FID")
     repeats: int = key("evaluations with the seeds seed, seed + 1, ...; their mean and spread are given")
     seed: int = key("the pictures follow from it")
@@ -191,6 +192,7 @@ def validate(cfg: Any) -> None:
     ):
         require(cfg[name] > 0, name, cfg[name], "must be above 0")
     require(cfg.total_kimg >= 0.001, "total_kimg", cfg.total_kimg, "must be at least 0.001, which is one image")
+    require(cfg.holdout >= 0, "holdout", cfg.holdout, "must be 0 or above")
     require(cfg.eval_kimg >= 0, "eval_kimg", cfg.eval_kimg, "must be 0 or above")
     _validate_judge(cfg.eval, "eval.")
     best, wanted = cfg.eval.best_by, list(cfg.eval.metrics)

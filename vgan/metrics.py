@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 2048  # of a matrix of distances that are held at once
@@ -99,10 +100,10 @@ def _covered(points: Tensor, manifold: Tensor, neighbours: int) -> float:
     return float(torch.cat(inside).float().mean())
 
 
-def nearest(features: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine similarity (N,) of each feature (N, d) to its nearest in `among` (M, d), and which that is (N,)."""
-    unit = torch.nn.functional.normalize(among.float(), dim=1)
-    parts = [(torch.nn.functional.normalize(rows.float(), dim=1) @ unit.T).max(1) for rows in features.split(_ROWS)]
+def nearest(features: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Cosine similarities (N, count) of each feature (N, d) to its nearest in `among` (M, d), and which these are (N, count)."""
+    unit = F.normalize(among.float(), dim=1)
+    parts = [(F.normalize(rows.float(), dim=1) @ unit.T).topk(count) for rows in features.split(_ROWS)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 

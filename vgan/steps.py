@@ -71,14 +71,8 @@ def knobs_at(now: Moment, controls: Controls, device: torch.device, penalty_weig
     return Knobs(gamma, controls.augment_p if controls.target is not None else torch.full((), now.augment_p, device=device))
 
 
-def generate(G: nn.Module, recipe: "Recipe", c: Tensor, streams: Streams) -> Tensor:
-    """The fakes (N, C, H, W) float32 of a step, of classes c. One graph without breaks under torch.compile."""
-    with autocast(recipe.device, recipe.precision):
-        return G(streams.normal("z", G.z_dim), c).float()  # type: ignore[arg-type]
-
-
 def d_forward(
-    D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, fake: Tensor, penalize: bool
+    G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, penalize: bool
 ) -> tuple[Tensor, Tensor, Scalars]:
     """What D minimises on a batch, the reals' logits, and the step's statistics. One graph without breaks under torch.compile.
 
@@ -86,6 +80,8 @@ def d_forward(
     """
     real, c, streams = batch
     with autocast(recipe.device, recipe.precision):
+        with torch.no_grad():
+            fake = G(streams.normal("z_d", G.z_dim), c).float()  # type: ignore[arg-type]
         real = recipe.augment(real, knobs.augment_p, streams, "real")
         fake = recipe.augment(fake, knobs.augment_p, streams, "fake_d")
         images, cc = torch.cat([real, fake]), torch.cat([c, c])
@@ -108,10 +104,11 @@ def d_forward(
 
 
 def g_forward(
-    D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, fake: Tensor, logits_real: Tensor
+    G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, logits_real: Tensor
 ) -> tuple[Tensor, Scalars]:
-    """What G minimises with its fakes, and the step's statistics. One graph without breaks under torch.compile."""
+    """What G minimises on a batch, and the step's statistics. One graph without breaks under torch.compile."""
     with autocast(recipe.device, recipe.precision):
+        fake = G(batch.streams.normal("z_g", G.z_dim), batch.c).float()  # type: ignore[arg-type]
         logits_fake = D(recipe.augment(fake, knobs.augment_p, batch.streams, "fake_g"), batch.c).float()
     loss = recipe.g_loss(logits_real, logits_fake)
     return loss, {"loss/G": loss.detach()}
@@ -128,7 +125,6 @@ class Recipe:
     device: torch.device
     precision: str
     penalty: str = "forward"
-    generate: Callable[..., Tensor] = generate
     d_forward: Callable[..., tuple[Tensor, Tensor, Scalars]] = d_forward
     g_forward: Callable[..., tuple[Tensor, Scalars]] = g_forward
 
@@ -136,57 +132,45 @@ class Recipe:
 def train_step(
     state: State, recipe: Recipe, now: Moment, real: Tensor, c: Tensor, streams: Streams, penalty_weight: float
 ) -> Scalars:
-    """One step of D, then one of G, on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) and as many fakes of the same.
+    """One step of D, then one of G, on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) and fakes of the same.
 
-    Both look at the same fakes, and G is compared with the reals' logits that D gave before its step: drawing and judging
-    anew for G took a sixth of the step. penalty_weight: 0 leaves R1 and R2 out; k where they are applied every k-th step, so
+    G is compared with the reals' logits that D gave before its step, which only weigh its gradient; judging the reals anew took
+    a twelfth of the time. It needs fakes of its own: with those that D has just learned to reject, the embedded shapes came
+    out at 69 instead of 80 % right. penalty_weight: 0 leaves R1 and R2 out; k where they are applied every k-th step, so
     that their mean strength stays the same.
     """
-    batch, fake = Batch(real, c, streams), recipe.generate(state.G, recipe, c, streams)
-    of_d, logits_real = d_step(state, recipe, now, batch, fake.detach(), penalty_weight)
-    return of_d | g_step(state, recipe, now, batch, fake, logits_real)
+    batch = Batch(real, c, streams)
+    of_d, logits_real = d_step(state, recipe, now, batch, penalty_weight)
+    return of_d | g_step(state, recipe, now, batch, logits_real)
 
 
-def d_step(
-    state: State, recipe: Recipe, now: Moment, batch: Batch, fake: Tensor, penalty_weight: float
-) -> tuple[Scalars, Tensor]:
+def d_step(state: State, recipe: Recipe, now: Moment, batch: Batch, penalty_weight: float) -> tuple[Scalars, Tensor]:
     """Train D on a batch and fakes of its classes; returns statistics and the reals' logits."""
     set_hyperparameters(state.opt_D, now.lr_D, now.beta2)
     knobs = knobs_at(now, state.controls, recipe.device, penalty_weight)
-    loss, logits_real, scalars = recipe.d_forward(state.D, recipe, knobs, batch, fake, penalty_weight > 0)
-    state.controls.watch_signs(scalars["logits/real_sign"], len(fake))
+    loss, logits_real, scalars = recipe.d_forward(state.G, state.D, recipe, knobs, batch, penalty_weight > 0)
+    state.controls.watch_signs(scalars["logits/real_sign"], len(batch.real))
     if penalty_weight > 0:
         penalty = knobs.gamma / penalty_weight / 2 * (scalars["penalty/r1"] + scalars["penalty/r2"])
-        state.controls.watch_penalty(penalty, round(len(fake) * penalty_weight))
+        state.controls.watch_penalty(penalty, round(len(batch.real) * penalty_weight))
     return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}, logits_real
 
 
-def g_step(state: State, recipe: Recipe, now: Moment, batch: Batch, fake: Tensor, logits_real: Tensor) -> Scalars:
-    """Train G to make fakes, which carry its gradient, that D takes for the reals."""
+def g_step(state: State, recipe: Recipe, now: Moment, batch: Batch, logits_real: Tensor) -> Scalars:
+    """Train G to make fakes of the batch's classes that D takes for the reals, which have logits_real (N, 1, h, w)."""
     set_hyperparameters(state.opt_G, now.lr_G, now.beta2)
     state.D.requires_grad_(False)
     knobs = knobs_at(now, state.controls, recipe.device, 0)
-    seen = fake.detach().requires_grad_()  # a compiled graph wants leaves
-    loss, scalars = recipe.g_forward(state.D, recipe, knobs, batch, seen, logits_real)
-    norm = _descend(state.G, state.opt_G, state.scaler_G, loss, (seen, fake))
+    loss, scalars = recipe.g_forward(state.G, state.D, recipe, knobs, batch, logits_real)
+    norm = _descend(state.G, state.opt_G, state.scaler_G, loss)
     state.D.requires_grad_(True)
     return scalars | {"grad_norm/G": norm}
 
 
-def _descend(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loss: Tensor,
-    joint: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Backward and one optimizer step; returns the gradient's norm. joint: the leaf where the loss's graph ends, and the
-    result of another graph, which its gradient goes on into."""
+def _descend(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
+    """Backward and one optimizer step; returns the gradient's norm."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    if joint is not None:
-        leaf, result = joint
-        result.backward(leaf.grad)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
     scaler.step(optimizer)
@@ -203,11 +187,11 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: floa
 
 
 def compiled(recipe: Recipe, cuda_graphs: bool = False) -> Recipe:
-    """The recipe with its forward passes compiled: a graph for each, and one more for D where penalties skip steps.
+    """The recipe with its forward passes compiled: one graph for G, one for D, one more for D where penalties skip steps.
 
     Later steps find them ready: whatever changes along the schedules enters as a tensor. cuda_graphs replays each
     graph's kernels in one launch, at the price of memory that is kept.
     """
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if cuda_graphs else None}
-    parts: dict[str, Any] = {f.__name__: torch.compile(f, **options) for f in (generate, d_forward, g_forward)}
+    parts: dict[str, Any] = {f.__name__: torch.compile(f, **options) for f in (d_forward, g_forward)}
     return replace(recipe, **parts)

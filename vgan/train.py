@@ -28,9 +28,9 @@ from vgan.distributed import print0
 from vgan.drawing import drawing_precision
 from vgan.ema import ema_copy, update_ema
 from vgan.errors import UserError
-from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record
+from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record, write_nearest
 from vgan.files import write_atomically, write_png
-from vgan.images import enlarge, grid, to_uint8, zoom_for
+from vgan.images import enlarge, grid, to_float, to_uint8, zoom_for
 from vgan.losses import RELATIVISTIC
 from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.models.layers import fuse_depthwise
@@ -148,7 +148,8 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
     config, state, recipe = run.config, run.state, run.recipe
     batch_size, total_nimg, ema = config["batch_size"], _total_nimg(config), config["ema"]
     penalty_every = config["loss"]["penalty_every"]
-    feed = Feed(run.dataset, batch_size, config["seed"], recipe.device)
+    feed = Feed(run.dataset, batch_size, config["seed"], recipe.device, holdout=config["holdout"])
+    unseen = Unseen(run) if config["holdout"] else None
     stats, journal, watch = Stats(), Journal(run.run_dir, cur_nimg), Watch(cur_nimg)
     judge = Judge(run) if config["eval_kimg"] > 0 else None
     z, c = _grid_inputs(run, feed)
@@ -169,6 +170,7 @@ def loop(run: Run, cur_nimg: int, stop: StopRequest) -> None:
             last = cur_nimg >= total_nimg or stop.requested
             if last or due(config["tick_kimg"], before, cur_nimg):
                 means = stats.means()
+                means |= unseen() if unseen else {}
                 journal.write(cur_nimg, means | _knobs(now, state.controls) | watch.lap(cur_nimg, feed.waited_s, recipe.device))
                 bar.set_postfix_str(" ".join(f"{k} {means[f'loss/{k}']:.3f}" for k in "DG"))
             if last or due(config["snapshot_kimg"], before, cur_nimg):
@@ -203,7 +205,7 @@ class Judge:
 
     def __init__(self, run: Run) -> None:
         settings = run.config["eval"]
-        config = {**settings, "features": run.config["features"], "seed": run.config["seed"], "batch_size": 128}
+        config = {**settings, "batch_size": 128, **{k: run.config[k] for k in ("features", "seed", "holdout")}}
         self._run, self._by, self._device = run, settings["best_by"], run.recipe.device
         self._precision = drawing_precision("auto", self._device)
         self._evaluator: Evaluator = make_evaluator(config, run.dataset, self._device)
@@ -216,6 +218,7 @@ class Judge:
         run = self._run
         result = self._evaluator(run.state.G_ema, self._precision, default_cache_dir())
         print0(f"\nat {cur_nimg:,} images: {format_values(result.values)}")
+        write_nearest(run.run_dir / f"nearest-{cur_nimg:09d}.png", result)
         value = result.values[self._by]
         if self._best is None or ((value < self._best) == SMALLER_IS_BETTER[self._by] and value != self._best):
             self._best = value
@@ -223,6 +226,27 @@ class Judge:
             checkpoint.save(run.run_dir / BEST, parts, run.config["keep_checkpoints"])
         record(run.run_dir, checkpoint.path_at(run.run_dir, cur_nimg).name, cur_nimg, result, {"best": self._best})
         return {f"metrics/{name}": v for name, v in result.values.items()}
+
+
+class Unseen:
+    """What D thinks of pictures it was not trained on, beside as many that it was: a gap that grows is over-fitting."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, data = run, run.dataset
+        items = [split[:256] for split in data.split(run.config["holdout"])]
+        eye = torch.eye(data.label_dim, device=run.recipe.device)
+        self._batches = []
+        for chosen in items:
+            pixels = torch.from_numpy(data.images[chosen]).to(run.recipe.device).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(data.labels[chosen]).to(run.recipe.device)
+            self._batches.append((to_float(pixels), eye[labels] if data.label_dim else pixels.new_zeros(len(pixels), 0)))
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        run = self._run
+        with autocast(run.recipe.device, run.recipe.precision):
+            seen, unseen = (run.state.D(*batch).float().mean() for batch in self._batches)
+        return {"logits/trained_on": float(seen), "logits/held_out": float(unseen), "logits/gap": float(seen - unseen)}
 
 
 class Watch:

@@ -19,16 +19,24 @@ _BLOCK = 4096  # images whose order is worked out at once
 class Feed:
     """Batches of a data set in a shuffled order that is computed, not drawn: it can be entered anywhere.
 
-    Image number i of the run is item permute(i mod N) of epoch i // N. On a GPU the whole set is held as uint8 if it
-    takes less than half of the free memory (or as hold_on_device says). Otherwise threads read the next batches ahead of need,
-    row by row from the file: a mapped file would grow the process by every page it touched. `waited_s` counts the
-    seconds for which `batch` stood still for data.
+    Image number i of the run is item permute(i mod N) of epoch i // N; `holdout` items are never among them. On a GPU the whole
+    set is held as uint8 if it takes less than half of the free memory (or as hold_on_device says). Otherwise threads read the
+    next batches ahead of need, row by row from the file: a mapped file would grow the process by every page it touched.
+    `waited_s` counts the seconds for which `batch` stood still for data.
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, device: torch.device, hold_on_device: bool | None = None
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        hold_on_device: bool | None = None,
+        holdout: int = 0,
     ) -> None:
         self._dataset, self._batch_size, self._seed, self._device = dataset, batch_size, seed, device
+        self._train_items = torch.from_numpy(dataset.split(holdout)[0]) if holdout else None
+        self._count = len(dataset) - holdout
         self._pin = device.type == "cuda"
         self.waited_s = 0.0
         self._one_hot = torch.eye(dataset.label_dim, device=device)
@@ -57,8 +65,9 @@ class Feed:
         """The items of images block * _BLOCK and on, _BLOCK of them; worked out together, since each alone costs as much."""
         order = self._orders.get(block)
         if order is None:
-            i, n = torch.arange(block * _BLOCK, (block + 1) * _BLOCK), len(self._dataset)
+            i, n = torch.arange(block * _BLOCK, (block + 1) * _BLOCK), self._count
             order = permute(i % n, n, self._seed, i // n)
+            order = order if self._train_items is None else self._train_items[order]
             self._orders = {k: v for k, v in self._orders.items() if block - 2 <= k <= block + 2} | {block: order}
         return order
 

@@ -5,9 +5,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from vgan.errors import UserError
+from vgan.randomness import permute
 
 RESOLUTIONS = (16, 32, 64, 128, 256)
 
@@ -55,6 +57,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def split(self, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+        """The items (int64) that are trained on and the `holdout` ones that are not; the same ones for every seed."""
+        if not holdout:
+            return np.arange(len(self)), np.arange(0)
+        if len(self) - holdout < 2:
+            raise UserError(f"holdout={holdout}: leaves {len(self) - holdout} of {len(self)} pictures to train on; give less")
+        items = np.arange(len(self))
+        order = permute(torch.from_numpy(items), len(self), 0, torch.zeros((), dtype=torch.int64)).numpy()
+        return np.sort(order[holdout:]), np.sort(order[:holdout])
 
     @property
     def img_resolution(self) -> int:
