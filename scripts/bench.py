@@ -206,7 +206,6 @@ def phases(subject: Subject, seconds: float) -> dict[str, float]:
     state, recipe, now = run.state, run.recipe, run.moment_at(0)
     batch = Batch(*subject.inputs())
     share = seconds / 5
-    logits_real = d_step(state, recipe, now, batch, 0)[1]
 
     def optimize() -> None:
         state.opt_D.step()
@@ -216,7 +215,7 @@ def phases(subject: Subject, seconds: float) -> dict[str, float]:
         "feed": time_of(subject, subject.inputs, share),
         "D": time_of(subject, lambda: d_step(state, recipe, now, batch, 0), share),
         "D+P": time_of(subject, lambda: d_step(state, recipe, now, batch, 1), share),
-        "G": time_of(subject, lambda: g_step(state, recipe, now, batch, logits_real), share),
+        "G": time_of(subject, lambda: g_step(state, recipe, now, batch), share),
         "optimizers": time_of(subject, optimize, share),
         "EMA": time_of(subject, lambda: update_ema(state.G_ema, state.G, 0.999), share / 5),
     }

@@ -110,8 +110,12 @@ def test_data_sets_build_and_take_a_step(
 
 
 @pytest.mark.parametrize("option", GROUPS["experiment"])
-def test_experiments_build_and_take_a_step(option: str, pictures_npy: Path, tmp_path: Path) -> None:
-    own = {"cifar10_cpu": [f"data.path={pictures_npy}"]}
+def test_experiments_build_and_take_a_step(
+    option: str, monkeypatch: pytest.MonkeyPatch, pictures_npy: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fake_set((32, 32), False))
+    monkeypatch.setattr("torchvision.datasets.CelebA", fake_set((178, 218), True))
+    own = {key: [f"data.path={pictures_npy}", "data.resolution=16"] for key in ("cifar10_cpu", "few")}
     config = resolved(f"experiment={option}", *own.get(option, []), "batch_size=2", f"data.cache_dir={tmp_path}")
     assert np.isfinite(one_step(config)["loss/D"])
 

@@ -71,10 +71,8 @@ def knobs_at(now: Moment, controls: Controls, device: torch.device, penalty_weig
     return Knobs(gamma, controls.augment_p if controls.target is not None else torch.full((), now.augment_p, device=device))
 
 
-def d_forward(
-    G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, penalize: bool
-) -> tuple[Tensor, Tensor, Scalars]:
-    """What D minimises on a batch, the reals' logits, and the step's statistics. One graph without breaks under torch.compile.
+def d_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, penalize: bool) -> tuple[Tensor, Scalars]:
+    """What D minimises on a batch, and the step's statistics. One graph without breaks under torch.compile.
 
     The penalties are taken where D looks, after augmentation.
     """
@@ -100,16 +98,19 @@ def d_forward(
         r1, r2 = (s.mean() for s in slopes.chunk(2))
         loss = loss + knobs.gamma / 2 * (r1 + r2)
         scalars |= {"penalty/r1": r1.detach(), "penalty/r2": r2.detach()}
-    return loss, logits_real.detach(), scalars
+    return loss, scalars
 
 
-def g_forward(
-    G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch, logits_real: Tensor
-) -> tuple[Tensor, Scalars]:
+def g_forward(G: nn.Module, D: nn.Module, recipe: "Recipe", knobs: Knobs, batch: Batch) -> tuple[Tensor, Scalars]:
     """What G minimises on a batch, and the step's statistics. One graph without breaks under torch.compile."""
+    real, c, streams = batch
     with autocast(recipe.device, recipe.precision):
-        fake = G(batch.streams.normal("z_g", G.z_dim), batch.c).float()  # type: ignore[arg-type]
-        logits_fake = D(recipe.augment(fake, knobs.augment_p, batch.streams, "fake_g"), batch.c).float()
+        fake = G(streams.normal("z_g", G.z_dim), c).float()  # type: ignore[arg-type]
+        logits_fake = D(recipe.augment(fake, knobs.augment_p, streams, "fake_g"), c).float()
+        logits_real = logits_fake.detach()
+        if recipe.relativistic:
+            with torch.no_grad():
+                logits_real = D(recipe.augment(real, knobs.augment_p, streams, "real"), c).float()
     loss = recipe.g_loss(logits_real, logits_fake)
     return loss, {"loss/G": loss.detach()}
 
@@ -125,7 +126,7 @@ class Recipe:
     device: torch.device
     precision: str
     penalty: str = "forward"
-    d_forward: Callable[..., tuple[Tensor, Tensor, Scalars]] = d_forward
+    d_forward: Callable[..., tuple[Tensor, Scalars]] = d_forward
     g_forward: Callable[..., tuple[Tensor, Scalars]] = g_forward
 
 
@@ -134,34 +135,33 @@ def train_step(
 ) -> Scalars:
     """One step of D, then one of G, on real (N, C, H, W) in [-1, 1] of classes c (N, label_dim) and fakes of the same.
 
-    G is compared with the reals' logits that D gave before its step, which only weigh its gradient; judging the reals anew took
-    a twelfth of the time. It needs fakes of its own: with those that D has just learned to reject, the embedded shapes came
-    out at 69 instead of 80 % right. penalty_weight: 0 leaves R1 and R2 out; k where they are applied every k-th step, so
-    that their mean strength stays the same.
+    G draws fakes of its own and has the reals judged anew, since D's step moves the level of all logits, which a relativistic
+    loss leaves free: doing without both was 15 % quicker and cost more than that in quality (docs/performance.md).
+
+    penalty_weight: 0 leaves R1 and R2 out; k where they are applied every k-th step, so that their mean strength stays the same.
     """
     batch = Batch(real, c, streams)
-    of_d, logits_real = d_step(state, recipe, now, batch, penalty_weight)
-    return of_d | g_step(state, recipe, now, batch, logits_real)
+    return d_step(state, recipe, now, batch, penalty_weight) | g_step(state, recipe, now, batch)
 
 
-def d_step(state: State, recipe: Recipe, now: Moment, batch: Batch, penalty_weight: float) -> tuple[Scalars, Tensor]:
-    """Train D on a batch and fakes of its classes; returns statistics and the reals' logits."""
+def d_step(state: State, recipe: Recipe, now: Moment, batch: Batch, penalty_weight: float) -> Scalars:
+    """Train D on a batch against fakes of its classes."""
     set_hyperparameters(state.opt_D, now.lr_D, now.beta2)
     knobs = knobs_at(now, state.controls, recipe.device, penalty_weight)
-    loss, logits_real, scalars = recipe.d_forward(state.G, state.D, recipe, knobs, batch, penalty_weight > 0)
+    loss, scalars = recipe.d_forward(state.G, state.D, recipe, knobs, batch, penalty_weight > 0)
     state.controls.watch_signs(scalars["logits/real_sign"], len(batch.real))
     if penalty_weight > 0:
         penalty = knobs.gamma / penalty_weight / 2 * (scalars["penalty/r1"] + scalars["penalty/r2"])
         state.controls.watch_penalty(penalty, round(len(batch.real) * penalty_weight))
-    return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}, logits_real
+    return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}
 
 
-def g_step(state: State, recipe: Recipe, now: Moment, batch: Batch, logits_real: Tensor) -> Scalars:
-    """Train G to make fakes of the batch's classes that D takes for the reals, which have logits_real (N, 1, h, w)."""
+def g_step(state: State, recipe: Recipe, now: Moment, batch: Batch) -> Scalars:
+    """Train G to make fakes of the batch's classes that D takes for the reals."""
     set_hyperparameters(state.opt_G, now.lr_G, now.beta2)
     state.D.requires_grad_(False)
     knobs = knobs_at(now, state.controls, recipe.device, 0)
-    loss, scalars = recipe.g_forward(state.G, state.D, recipe, knobs, batch, logits_real)
+    loss, scalars = recipe.g_forward(state.G, state.D, recipe, knobs, batch)
     norm = _descend(state.G, state.opt_G, state.scaler_G, loss)
     state.D.requires_grad_(True)
     return scalars | {"grad_norm/G": norm}
