@@ -46,6 +46,9 @@ class Cli:
     def sample(self, *argv: object) -> tuple[int, str, str]:
         return self(cli.sample_main, *argv)
 
+    def evaluate(self, *argv: object) -> tuple[int, str, str]:
+        return self(cli.eval_main, *argv)
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
@@ -371,3 +374,64 @@ def test_bad_sampling(run: Cli, tmp_path: Path, argv: list[str], code: int, says
     line = message(*run.sample(*argv, *([] if code == 2 else ["device=cpu"])), expect_code=code)
     assert re.search(says, line), line
     assert not list(tmp_path.glob("*.png"))
+
+
+QUICK = ["features=learned", "features.train_kimg=0.1", "n=40", "batch_size=20", "device=cpu"]
+
+
+def test_eval_prints_a_protocol_and_keeps_the_result(run: Cli) -> None:
+    run.train(*TINY, "run_dir=a", "holdout=10")
+    code, out, err = run.evaluate("ckpt=a", *QUICK, "metrics=[fid,kid,pr,diversity,classes,copies]", "repeats=2")
+    assert (code, err) == (0, "")
+    for name in ("fid", "kid", "precision", "recall", "diversity", "diversity_least", "as_asked", "nearest", "copies"):
+        assert re.search(rf"\b{name} -?[\d.]+%? \+- [\d.]+", out), name
+    assert "54 training pictures of 16 px" in out
+    assert "drawn in fp32" in out
+    record = json.loads(Path("a/metrics.jsonl").read_text())
+    assert (record["ckpt"], record["cur_nimg"], record["protocol"]["seeds"]) == ("checkpoint-000000032.pt", 32, [0, 1])
+    assert size_of("a/nearest-checkpoint-000000032.png") == (8 * 64, 8 * 64)
+    again = run.evaluate("ckpt=a", *QUICK, "metrics=[fid]", "repeats=2")[1]
+    assert f"fid {record['fid']:.3f}" in again  # the same to the last digit
+
+
+def test_eval_of_several_and_of_other_data(run: Cli) -> None:
+    run.train(*TINY, "run_dir=a")
+    run.train(*TINY, "run_dir=b", "data.seed=1")
+    code, out, _ = run.evaluate("ckpt=[a,b]", *QUICK, "metrics=[fid]")
+    assert code == 0
+    assert "NOT comparable" in out  # other data
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["ckpt=nowhere"], "ckpt=nowhere: no such file or folder"),
+        (["metrics=[fid,fad]"], r"metrics=\['fid', 'fad'\]: must be some of fid"),
+        (["n=5"], "n=5: must be at least 20"),
+        (["repeats=0"], "repeats=0: must be above 0"),
+        (["features=imagenet"], "features=imagenet: no such option; use one of auto, inception, learned"),
+        (["weights=none.pth", "features=inception"], "features.weights=none.pth: cannot be read"),
+        (["features=learned", "+features.colour=1"], "features.colour=1: vgan.features.Learned has no such argument"),
+        (["metrics=[is]", "+features._target_=vgan.features.Nothing"], "features._target_=vgan.features.Nothing: cannot be"),
+        (["data.path=elsewhere"], "data.path=elsewhere"),
+    ],
+)
+def test_eval_errors_are_one_line(run: Cli, argv: list[str], message: str) -> None:
+    run.train(*TINY, "run_dir=a")
+    code, out, err = run.evaluate("ckpt=a", *argv)
+    assert code != 0
+    assert out == ""
+    assert re.match(f"vgan-eval: {message}", err), err
+    assert err.count("\n") == 1
+
+
+def test_a_checkpoint_cannot_choose_code_for_evaluation(run: Cli) -> None:
+    run.train(*TINY, "run_dir=a")
+    path = Path("a/checkpoint-000000032.pt")
+    for part, message in (("data", "vgan's own data sets"), ("features", "vgan's own only")):
+        parts = torch.load(path, weights_only=True)
+        parts["config"][part]["_target_"] = "os.system"
+        torch.save(parts, f"{part}.pt")
+        code, _, err = run.evaluate(f"ckpt={part}.pt", "n=20")
+        assert code == 1
+        assert message in err

@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,4 +123,10 @@ def test_inception_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match=r"cannot be had .Name or.*features.weights=PATH, or use features=learned"):
+        Inception()
+
+
+def test_inception_without_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UserError, match=r"needs torch-fidelity; pip install vgan\[eval\], or use features=learned"):
         Inception()

@@ -139,6 +139,8 @@ def build_loss(name: str) -> tuple[Loss, Loss]:
 
 def build_features(node: Mapping[str, Any], dataset: Dataset, device: torch.device, cache_dir: Path) -> Any:
     """The feature network of a `features` node, on the device; one that learns from the data does so here."""
+    if not node:
+        raise UserError("features=auto: is for vgan-eval; use features=inception or features=learned")
     extractor = construct(node, "features")
     if not (hasattr(extractor, "protocol") and callable(extractor) and hasattr(extractor, "to")):
         raise UserError(f"features._target_={node['_target_']}: needs `protocol`, `to(device)` and to be callable with pictures")

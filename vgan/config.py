@@ -154,7 +154,7 @@ class EvalConfig:
     n: int = key("pictures drawn; fid of fewer than 50,000 is no published FID")
     repeats: int = key("evaluations with the seeds seed, seed + 1, ...; their mean and spread are given")
     seed: int = key("the pictures follow from it")
-    features: Any = key("features=inception, learned or a _target_ of your own; null takes what the run names")
+    features: dict[str, Any] = key("the network to compare by: auto (the run's), inception, learned or a _target_ of yours", dict)
     weights: str | None = key("file of Inception weights, for machines without a network")
     data: dict[str, Any] = key("where the pictures lie now, if elsewhere than in training: .path, .root, .cache_dir", dict)
     batch_size: int = key("pictures a pass")

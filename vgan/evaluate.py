@@ -7,6 +7,7 @@ results whose protocols differ.
 import contextlib
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vgan.features import Extractor
 from vgan.files import append_line, load_cached, save_cached, write_png
 from vgan.images import enlarge, grid, zoom_for
 from vgan.metrics import (
+    Interval,
     Moments,
     frechet_distance,
     inception_score,
@@ -139,11 +141,11 @@ class Evaluator:
             fake = moments(features)
             values["fid"] = frechet_distance(fake, Moments(real.mean.to(fake.mean), real.cov.to(fake.cov), real.n))
         if "kid" in self._metrics:
-            values["kid"], values["kid_ci"] = kernel_distance(features, rows)
+            values |= _with_interval("kid", kernel_distance(features, rows))
         if "is" in self._metrics:
             if logits is None:
                 raise UserError("metrics=is: these features come without a classifier; leave it out or use features=inception")
-            values["is"], values["is_ci"] = inception_score(logits)
+            values |= _with_interval("is", inception_score(logits))
         if "pr" in self._metrics:
             most = min(PR_ROWS, len(features), len(rows))
             values["precision"], values["recall"] = precision_recall(features[:most], rows[:most])
@@ -234,6 +236,11 @@ class Evaluator:
         for i in range(0, len(items), self._batch_size):
             pixels = torch.from_numpy(self._dataset.images[items[i : i + self._batch_size]])
             yield pixels.to(device).permute(0, 3, 1, 2)
+
+
+def _with_interval(name: str, interval: Interval) -> dict[str, float]:
+    """Without its width where one part alone says nothing about it."""
+    return {name: interval.value} | ({f"{name}_ci": interval.half_width} if math.isfinite(interval.half_width) else {})
 
 
 @contextlib.contextmanager
