@@ -11,6 +11,7 @@ ladder.png (with matplotlib), and evaluates as vgan-eval does. What is finished 
 """
 
 import argparse
+import bisect
 import json
 import statistics
 import subprocess
@@ -43,9 +44,14 @@ def matched(rung: str, overrides: list[str]) -> list[str]:
     target, widths = count_parameters(reference.state.G), reference.config["size"]["g_widths"]
     if rung == "attn":
         return [*overrides, "model=attn"]
-    options = dict.fromkeys(widths_override(widths, f / 40) for f in range(10, 120))
-    sizes = {w: count_parameters(prepare([*overrides, f"model={rung}", w, "compile=false"]).run.state.G) for w in options}
-    return [*overrides, f"model={rung}", min(sizes, key=lambda w: abs(sizes[w] - target))]
+    options = list(dict.fromkeys(widths_override(widths, f / 40) for f in range(10, 160)))
+
+    def size(option: str) -> int:
+        return count_parameters(prepare([*overrides, f"model={rung}", option, "compile=false"]).run.state.G)
+
+    at = min(bisect.bisect_left(options, target, key=size), len(options) - 1)
+    near = options[max(0, at - 1) : at + 1]
+    return [*overrides, f"model={rung}", min(near, key=lambda option: abs(size(option) - target))]
 
 
 def measure(overrides: list[str], seconds: float) -> float:
