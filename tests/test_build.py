@@ -153,6 +153,18 @@ def test_first_weights_follow_from_the_seed_and_leave_the_global_state() -> None
     assert not torch.equal(weight[0], weight[2])
 
 
-def test_a_checkpoint_may_name_vgans_networks_only() -> None:
-    with pytest.raises(UserError, match="vgan's own networks"):
-        build.build_generator({"generator": {"_target_": "os.system", "command": "true"}}, {})
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "vgan.models.generator.torch.hub.load"},
+        {"_target_": "vgan.models.layers.upsample2x"},  # a function, and not a network
+        {"_target_": "vgan.modelsx.Generator"},
+        {"_target_": "vgan.models.generator.Generator", "widths": [{"_target_": "os.system", "command": "true"}]},
+        {"_target_": "vgan.models.generator.Generator", "z_dim": {"a": {"_target_": "os.system"}}},
+        {"widths": [8]},
+    ],
+)
+def test_a_checkpoint_may_name_vgans_networks_only(node: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="vgan's own classes only"):
+        build.build_generator({"generator": node}, {})

@@ -412,7 +412,7 @@ def test_eval_of_several_and_of_other_data(run: Cli) -> None:
         (["features=imagenet"], "features=imagenet: no such option; use one of auto, inception, learned"),
         (["weights=none.pth", "features=inception"], "features.weights=none.pth: cannot be read"),
         (["features=learned", "+features.colour=1"], "features.colour=1: vgan.features.Learned has no such argument"),
-        (["metrics=[is]", "+features._target_=vgan.features.Nothing"], "features._target_=vgan.features.Nothing: cannot be"),
+        (["metrics=[is]", "features._target_=vgan.features.Nothing"], "features._target_=vgan.features.Nothing: cannot be"),
         (["data.path=elsewhere"], "data.path=elsewhere"),
     ],
 )
@@ -428,10 +428,16 @@ def test_eval_errors_are_one_line(run: Cli, argv: list[str], message: str) -> No
 def test_a_checkpoint_cannot_choose_code_for_evaluation(run: Cli) -> None:
     run.train(*TINY, "run_dir=a")
     path = Path("a/checkpoint-000000032.pt")
-    for part, message in (("data", "vgan's own data sets"), ("features", "vgan's own only")):
-        parts = torch.load(path, weights_only=True)
-        parts["config"][part]["_target_"] = "os.system"
-        torch.save(parts, f"{part}.pt")
-        code, _, err = run.evaluate(f"ckpt={part}.pt", "n=20")
-        assert code == 1
-        assert message in err
+    for part, leads_out in (("data", "vgan.data.folder.os.system"), ("features", "vgan.features.torch.hub.load")):
+        for target in ("os.system", leads_out):
+            parts = torch.load(path, weights_only=True)
+            parts["config"][part] = {"_target_": target, "command": "touch harm"}
+            torch.save(parts, "evil.pt")
+            code, _, err = run.evaluate("ckpt=evil.pt", "n=20")
+            assert code == 1
+            assert f"{part}._target_={target}: a checkpoint may name vgan's own classes only" in err
+    parts = torch.load(path, weights_only=True)
+    parts["config"]["model"]["generator"] = {"_target_": "vgan.models.generator.torch.hub.load"}
+    torch.save(parts, "evil.pt")
+    assert "vgan's own classes only" in run.sample("ckpt=evil.pt")[2]
+    assert not Path("harm").exists()

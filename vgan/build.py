@@ -112,11 +112,29 @@ def build_networks(model: Mapping[str, Any], sizes: Mapping[str, int], seed: int
     return G.to(memory_format=torch.channels_last), D.to(memory_format=torch.channels_last)
 
 
+def _names_code(value: Any) -> bool:
+    """Whether Hydra would find a _target_ somewhere in an argument."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_names_code, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_names_code, value))
+
+
+def require_own(node: Mapping[str, Any], name: str, package: str, fix: str) -> None:
+    """Raise UserError unless the node, which a checkpoint wrote, names a class that is defined in `package` of vgan.
+
+    A checkpoint must not choose code to run, and a name that begins like vgan's may lead out of it: vgan.data.folder.os.system.
+    Nor may its arguments, which Hydra would build as well.
+    """
+    target = str(node.get("_target_"))
+    found = locate(target, name) if target.startswith(f"{package}.") else None
+    own = inspect.isclass(found) and f"{found.__module__}.".startswith(f"{package}.")
+    if not own or any(map(_names_code, node.values())):
+        raise UserError(f"{name}._target_={target}: a checkpoint may name vgan's own classes only; {fix}")
+
+
 def build_generator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    """The generator that a checkpoint describes. Only vgan's own classes: a checkpoint must not choose code to run."""
-    target = str(model["generator"].get("_target_"))
-    if not target.startswith("vgan.models."):
-        raise UserError(f"model.generator._target_={target}: a checkpoint may name vgan's own networks only; build yours by hand")
+    """The generator that a checkpoint describes, if it is one of vgan's."""
+    require_own(model["generator"], "model.generator", "vgan.models", "build yours by hand")
     return construct(model["generator"], "model.generator", **sizes)
 
 
@@ -139,7 +157,7 @@ def build_loss(name: str) -> tuple[Loss, Loss]:
 
 def build_features(node: Mapping[str, Any], dataset: Dataset, device: torch.device, cache_dir: Path) -> Any:
     """The feature network of a `features` node, on the device; one that learns from the data does so here."""
-    if not node:
+    if not node.get("_target_"):
         raise UserError("features=auto: is for vgan-eval; use features=inception or features=learned")
     extractor = construct(node, "features")
     if not (hasattr(extractor, "protocol") and callable(extractor) and hasattr(extractor, "to")):

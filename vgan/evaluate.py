@@ -318,18 +318,16 @@ def evaluate(cfg: DictConfig) -> list[Result]:
 def _data_of(parts: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The data node of the checkpoint's run, with what the command line changes."""
     data = {**parts["config"]["data"], **{k: v for k, v in overrides.items() if v is not None}}
-    if not str(data.get("_target_")).startswith("vgan.data."):
-        raise UserError(f"data._target_={data.get('_target_')}: a checkpoint may name vgan's own data sets only")
+    build.require_own(data, "data", "vgan.data", "evaluate in the run, with eval_kimg")
     return data
 
 
 def _features_of(parts: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The features of the command line, else those of the checkpoint's run, which may name vgan's own only."""
     features = dict(config["features"] or {})
-    if not features:
+    if not features.get("_target_"):
         features = dict(parts["config"].get("features") or {"_target_": "vgan.features.Inception"})
-        if not str(features.get("_target_")).startswith("vgan.features."):
-            raise UserError(f"features={features.get('_target_')}: a checkpoint may name vgan's own only; give features=...")
+        build.require_own(features, "features", "vgan.features", "name yours with features._target_")
     if config["weights"]:
         features["weights"] = config["weights"]
     return features
