@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10_000, help="fakes for the distance")
     parser.add_argument("--rungs", default=",".join(RUNGS))
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand before and after options
     args.out.mkdir(parents=True, exist_ok=True)
     plan_path = args.out / "plan.json"
     if plan_path.exists():

@@ -454,7 +454,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of measuring for each figure")
     parser.add_argument("--rounds", type=int, default=1, help="how often each variant is measured, in turn")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand before and after options
     try:
         if args.toggles == "alone":
             figures = {"toggles": measure_toggles(args.overrides, {}, args.seconds, args.rounds)}

@@ -207,3 +207,11 @@ def test_under_autocast_every_layer_works_in_bf16_and_channels_last(attention: s
         images = G(torch.randn(4, 16), c).float()
         D.jvp(images, c, torch.randn_like(images))
     assert set(seen) == set(layers)
+
+
+def test_attention_fits_every_width() -> None:
+    for channels in range(8, 520, 8):
+        heads = SelfAttention2d(channels, channels).num_heads
+        assert channels % heads == 0
+        assert heads <= max(1, channels // 64)
+    assert [SelfAttention2d(c, c).num_heads for c in (96, 256, 384, 512)] == [1, 4, 6, 8]

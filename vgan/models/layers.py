@@ -260,6 +260,11 @@ def downsample2x(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
+def usual_heads(channels: int) -> int:
+    """One head for every 64 channels, or as many fewer as divide them."""
+    return next(heads for heads in range(max(1, channels // 64), 0, -1) if channels % heads == 0)
+
+
 class SelfAttention2d(nn.Module):
     """Every position looks at every other: multi-head softmax attention over the H W positions of a feature map.
 
@@ -277,7 +282,7 @@ class SelfAttention2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_heads: int | None = None) -> None:
         super().__init__()
-        self.num_heads = num_heads or max(1, in_channels // 64)
+        self.num_heads = num_heads or usual_heads(in_channels)
         if in_channels % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads}: must divide in_channels={in_channels}")
         self.to_qkv = init_conv(nn.Conv2d(in_channels, 3 * in_channels, 1, bias=False), gain=1)
