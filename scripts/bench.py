@@ -46,8 +46,8 @@ from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.randomness import Streams
+from vgan.run import Run, set_up
 from vgan.steps import Batch, compiled, d_step, g_step, train_step
-from vgan.train import Run, set_up
 
 DENSE, GROUPED = (f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped"))
 # name -> overrides. Two words are no overrides: "nchw" is another memory format, and "plain" what the same model does in

@@ -27,7 +27,7 @@ from vgan.device import pick_device, prepare_process
 from vgan.errors import UserError
 from vgan.penalties import difference, exact, forward
 from vgan.randomness import Streams
-from vgan.train import Run, set_up
+from vgan.run import Run, set_up
 
 BATCHES, DRAWS = 12, 12
 

@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
     {"distributed", "errors"},
     {"config", "device", "files", "images", "kernels", "randomness", "stopping"},
-    {"augment", "controls", "data", "ema", "losses", "metrics", "models", "penalties", "schedules"},
+    {"augment", "controls", "data", "ema", "losses", "metrics", "models", "penalties", "schedules", "watchdog"},
     {"build", "checkpoint", "features", "stats", "steps", "usage"},
-    {"drawing"},
-    {"evaluate"},
+    {"drawing", "parallel", "writer"},
+    {"evaluate", "run"},
+    {"resume", "watching"},
     {"sample", "train"},
     {"cli"},
 ]

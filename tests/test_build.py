@@ -16,8 +16,8 @@ from vgan.config import CONFIG_DIR, validate
 from vgan.data.feed import Feed
 from vgan.errors import UserError
 from vgan.randomness import Streams
+from vgan.run import set_up
 from vgan.steps import train_step
-from vgan.train import set_up
 
 CPU = torch.device("cpu")
 TINY = ["size.g_widths=[8,8,8,8,8,8,8]", "size.d_widths=[8,8,8,8,8,8,8]", "size.blocks=1", "batch_size=2", "data.cache_dir=null"]

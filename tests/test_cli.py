@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import vgan.train
-from vgan import cli, load_generator
+from vgan import checkpoint, cli, load_generator
 from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig
 
 TINY = [
@@ -79,7 +79,7 @@ def test_train_writes_the_run_folder_then_is_complete_then_samples(run: Cli, tmp
     folder = tmp_path / "outputs" / "mine"
     names = {p.name for p in folder.iterdir() if "tfevents" not in p.name}
     assert names == {
-        "config.yaml", "stats.jsonl", "reals.png", "fakes-000000016.png", "fakes-000000032.png",
+        ".lock", "config.yaml", "stats.jsonl", "reals.png", "fakes-000000016.png", "fakes-000000032.png",
         "checkpoint-000000016.pt", "checkpoint-000000032.pt",
     }  # fmt: skip
     assert list(folder.glob("events.out.tfevents.*"))
@@ -272,16 +272,16 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(run: Cli, t
     run.train(*TINY, "run_dir=r")
     newest = tmp_path / "r" / "checkpoint-000000032.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    before = contents(tmp_path / "r")
-    line = message(*run.train(*TINY, "run_dir=r"))
-    assert "checkpoint-000000032.pt: not a readable checkpoint" in line
-    assert "delete or move it" in line
-    assert contents(tmp_path / "r") == before
-    assert "checkpoint-000000032.pt" in message(*run.sample("ckpt=r", "device=cpu"))
-    newest.unlink()
+    damaged = newest.read_bytes()
+    assert "not a readable checkpoint" in message(*run.sample(f"ckpt={newest}", "device=cpu"))
+    code, out, _ = run.sample("ckpt=r", "device=cpu")
+    assert code == 0
+    assert "passed over: r/checkpoint-000000032.pt: not a readable checkpoint" in out
     code, out, _ = run.train(*TINY, "run_dir=r")
     assert code == 0
+    assert "passed over: r/checkpoint-000000032.pt: not a readable checkpoint" in out
     assert "from 16 images on" in out
+    assert (tmp_path / "r" / "damaged-checkpoint-000000032.pt").read_bytes() == damaged  # nothing is lost
 
 
 def test_checkpoint_of_another_model_or_of_other_data_is_refused(run: Cli, tmp_path: Path) -> None:
@@ -430,14 +430,14 @@ def test_a_checkpoint_cannot_choose_code_for_evaluation(run: Cli) -> None:
     path = Path("a/checkpoint-000000032.pt")
     for part, leads_out in (("data", "vgan.data.folder.os.system"), ("features", "vgan.features.torch.hub.load")):
         for target in ("os.system", leads_out):
-            parts = torch.load(path, weights_only=True)
+            parts = checkpoint.load(path)
             parts["config"][part] = {"_target_": target, "command": "touch harm"}
-            torch.save(parts, "evil.pt")
+            checkpoint.save(Path("evil.pt"), parts, keep=1)
             code, _, err = run.evaluate("ckpt=evil.pt", "n=20")
             assert code == 1
             assert f"{part}._target_={target}: a checkpoint may name vgan's own classes only" in err
-    parts = torch.load(path, weights_only=True)
+    parts = checkpoint.load(path)
     parts["config"]["model"]["generator"] = {"_target_": "vgan.models.generator.torch.hub.load"}
-    torch.save(parts, "evil.pt")
+    checkpoint.save(Path("evil.pt"), parts, keep=1)
     assert "vgan's own classes only" in run.sample("ckpt=evil.pt")[2]
     assert not Path("harm").exists()

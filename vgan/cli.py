@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vgan.config import CONFIG_DIR, EvalConfig, SampleConfig, TrainConfig
-from vgan.errors import UserError
+from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped
-from vgan.usage import EVAL_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, is_out_of_memory, usage_line
+from vgan.usage import EVAL_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
 
 _STORE = ConfigStore.instance()
 _STORE.store(name="train_schema", node=TrainConfig)

@@ -97,6 +97,13 @@ class JudgeConfig:
 
 
 @dataclass
+class WatchdogConfig:
+    tries: int = key("how often a run that went wrong goes back to a checkpoint and changes one thing; 0: it ends")
+    most_penalty: float = key("gamma / 2 (r1 + r2) above this counts as a fault; 0.1 is usual")
+    least_diversity: float = key("fakes of one class nearer to each other than this share of the reals' distance are a fault")
+
+
+@dataclass
 class TrainConfig:
     """Everything that vgan-train reads."""
 
@@ -107,15 +114,19 @@ class TrainConfig:
     compile: str = key("auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton")
     cuda_graphs: bool = key("with compile: replay each graph's kernels in one launch; more memory, for small networks")
     depthwise: str = key("auto, torch or triton: what runs activation and depthwise convolution; triton needs an NVIDIA GPU")
+    deterministic: bool = key("only kernels that repeat bit for bit, on GPUs too; slower")
     threads: int = key("CPU threads for torch; 0 leaves torch's own choice")
     total_kimg: float = key("length of the run in thousands of real images shown")
-    batch_size: int = key("images a step")
+    batch_size: int = key("images a step, over all processes")
+    batch_gpu: int | None = key("at most so many images at once on each device, with the same result; null: as many as fit")
     schedule_kimg: float = key("the quantities with a start and an end reach their end here, in thousands of images")
     tick_kimg: float = key("statistics are written every so many thousand images")
     snapshot_kimg: float = key("a grid of fakes is written every so many thousand images")
     checkpoint_kimg: float = key("a checkpoint is written every so many thousand images")
+    checkpoint_minutes: float = key("a checkpoint is written at least every so many minutes")
     keep_checkpoints: int = key("the newest so many checkpoints stay on disk")
     eval_kimg: float = key("the averaged generator is evaluated every so many thousand images; 0: never")
+    watchdog: WatchdogConfig = key("what counts as a run gone wrong, and how often it is set right", WatchdogConfig)
     model: ModelConfig = key("the networks", ModelConfig)
     size: SizeConfig = key("how large they are", SizeConfig)
     data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
@@ -187,11 +198,18 @@ def validate(cfg: Any) -> None:
         "tick_kimg",
         "snapshot_kimg",
         "checkpoint_kimg",
+        "checkpoint_minutes",
         "keep_checkpoints",
         "schedule_kimg",
     ):
         require(cfg[name] > 0, name, cfg[name], "must be above 0")
     require(cfg.total_kimg >= 0.001, "total_kimg", cfg.total_kimg, "must be at least 0.001, which is one image")
+    if cfg.batch_gpu is not None:
+        require(cfg.batch_gpu > 0, "batch_gpu", cfg.batch_gpu, "must be above 0, or null")
+    require(cfg.watchdog.tries >= 0, "watchdog.tries", cfg.watchdog.tries, "must be 0 or above")
+    require(cfg.watchdog.most_penalty > 0, "watchdog.most_penalty", cfg.watchdog.most_penalty, "must be above 0")
+    least = cfg.watchdog.least_diversity
+    require(0 <= least < 1, "watchdog.least_diversity", least, "must be from 0 to below 1")
     require(cfg.holdout >= 0, "holdout", cfg.holdout, "must be 0 or above")
     require(cfg.eval_kimg >= 0, "eval_kimg", cfg.eval_kimg, "must be 0 or above")
     _validate_judge(cfg.eval, "eval.")

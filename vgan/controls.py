@@ -34,6 +34,11 @@ class Controls(nn.Module):
         for name, value in (("augment_p", 0.0), ("real_sign", 0.0), ("penalty", USUAL_PENALTY)):
             self.register_buffer(name, torch.tensor(value))
 
+    @property
+    def follow(self) -> bool:
+        """Whether there is anything to watch."""
+        return self.target is not None or self.correct_gamma
+
     @torch.no_grad()
     def watch_signs(self, real_sign: Tensor, batch_size: int) -> None:
         """After a step of D with batch_size reals, whose mean sign () was real_sign."""

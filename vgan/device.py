@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from vgan.distributed import print0
+from vgan.distributed import local_rank, print0, world_size
 from vgan.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
     """'auto' is the first accelerator there is, else the CPU. Raises UserError where `name` cannot be had."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if cuda and world_size() > 1 and name in ("auto", "cuda"):
+        name = f"cuda:{local_rank()}"
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -111,15 +113,21 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def prepare_process(device: torch.device, precision: str, threads: int) -> None:
-    """Settings of the whole process for a run: threads, tf32, cuDNN's search, memory that is kept between steps."""
+def prepare_process(device: torch.device, precision: str, threads: int, deterministic: bool = False) -> None:
+    """Settings of the whole process for a run: threads, tf32, cuDNN's search, memory that is kept between steps.
+
+    deterministic: kernels that repeat bit for bit only; what has no such kernel raises RuntimeError where it is called.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before cuBLAS starts
+        torch.use_deterministic_algorithms(True)
     if threads > 0:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         tf32 = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic  # the quickest kernel may differ from run to run
     if device.type == "cpu":
         keep_freed_memory()
 

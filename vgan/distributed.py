@@ -1,11 +1,29 @@
-"""Which process this is among how many; on one process all of it is a no-op."""
+"""Which process this is among how many, and what they say to each other; on one process all of it is a no-op.
 
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Nothing here is needed to run on one device.
+"""
+
+import contextlib
+import datetime
 import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# An evaluation on rank 0 may take long while the others wait.
+_PATIENCE = datetime.timedelta(hours=2)
 
 
 def rank() -> int:
     """This process's number, from 0; set by torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
@@ -17,3 +35,76 @@ def print0(*text: object) -> None:
     """print on rank 0 alone, at once."""
     if rank() == 0:
         print(*text, flush=True)
+
+
+@contextlib.contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """The group of all processes while a run lasts: NCCL between GPUs, gloo otherwise."""
+    if world_size() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_on_machine() -> Iterator[None]:
+    """The first process of each machine goes through the block before the others do: what it leaves on the disk, they find."""
+    if world_size() > 1 and local_rank() != 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and local_rank() == 0:
+        dist.barrier()
+
+
+def barrier() -> None:
+    """Until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean_(values: Tensor) -> Tensor:
+    """Replace values by their mean over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def broadcast_(values: list[Tensor]) -> None:
+    """Replace tensors by rank 0's, in place."""
+    if world_size() > 1:
+        for value in values:
+            dist.broadcast(value, 0)
+
+
+class Agreement:
+    """Lets all processes act on a wish of any of them in the same step.
+
+    What was wished in one call is answered by the next, so that nobody waits: the exchange goes on during the step between.
+    """
+
+    def __init__(self, wishes: int) -> None:
+        self._flags = torch.zeros(wishes)
+        self._begun: dist.Work | None = None
+
+    def __call__(self, *wishes: bool) -> list[bool]:
+        if world_size() == 1:
+            return list(wishes)
+        answer = [False] * len(wishes)
+        if self._begun is not None:
+            self._begun.wait()
+            answer = (self._flags > 0).tolist()
+        self._flags = torch.tensor(wishes, dtype=torch.float32)
+        self._begun = dist.all_reduce(self._flags, async_op=True)
+        return answer
+
+    def close(self) -> None:
+        """Every process must come here after equally many calls."""
+        if self._begun is not None:
+            self._begun.wait()

@@ -21,7 +21,7 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
     img_resolution, img_resolution) float32, black to white in [-1, 1]. In evaluation mode, without gradients for the
     weights; G.label_names names the classes. Raises UserError where there is no readable checkpoint.
     """
-    return restore_generator(checkpoint.load(checkpoint.find(ckpt)), pick_device(device))
+    return restore_generator(checkpoint.load_newest(ckpt)[1], pick_device(device))
 
 
 def restore_generator(parts: dict[str, Any], device: torch.device) -> nn.Module:

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The console scripts print it without a traceback and leave with exit code 1.
     """
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)

@@ -295,11 +295,14 @@ def evaluate(cfg: DictConfig) -> list[Result]:
     precision = drawing_precision(config["precision"], device)
     prepare_process(device, precision, threads=0)
     named = config["ckpt"] if isinstance(config["ckpt"], list) else [config["ckpt"]]
-    paths = [checkpoint.find(ckpt) for ckpt in named]
+    for ckpt in named:
+        checkpoint.find(ckpt)  # all of them are there, before the first takes its time
+    paths: list[Path] = []
     results: list[Result] = []
     evaluator, described = None, None
-    for path in paths:
-        parts = checkpoint.load(path)
+    for ckpt in named:
+        path, parts = checkpoint.load_newest(ckpt)
+        paths.append(path)
         data, features = _data_of(parts, config["data"]), _features_of(parts, config)
         what = {**config, "features": features, "holdout": parts["config"].get("holdout", 0)}
         if evaluator is None or described != (data, what):

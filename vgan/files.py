@@ -5,15 +5,17 @@ import io
 import os
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
+from vgan.distributed import rank
 from vgan.errors import UserError
 
 
@@ -35,6 +37,29 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another folder") from e
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """While inside, no other process may enter for the same folder. Raises UserError where one is in already.
+
+    The kernel lets go of the lock when its process ends, however it ends: a lock cannot be left behind.
+    """
+    if rank() != 0:
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as e:
+        raise UserError(f"run_dir={folder}: another vgan-train is at work here; wait for it or use another run_dir") from e
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); free space or choose another folder") from e
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class PngWriter:

@@ -5,6 +5,7 @@ generator written here in torch's int64 operations: vectorised over the batch an
 is no state to save: the split of a batch over steps, processes and machines cannot change a run.
 """
 
+import copy
 import hashlib
 import math
 
@@ -115,6 +116,12 @@ class Streams:
     def __init__(self, seed: int, first: int, batch: int, device: torch.device | str = "cpu") -> None:
         self.seed = seed
         self.index = torch.arange(first, first + batch, device=device)
+
+    def __getitem__(self, rows: slice) -> "Streams":
+        """Those of some of the images."""
+        part = copy.copy(self)
+        part.index = self.index[rows]
+        return part
 
     def normal(self, stream: str, n: int) -> Tensor:
         return normal(self.seed, stream, self.index, n)

@@ -1,6 +1,9 @@
 """Running means on the device, read once a tick into stats.jsonl and TensorBoard."""
 
+import contextlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgan.files import write_atomically
+from vgan.distributed import mean_, print0, rank
+from vgan.errors import UserError
+from vgan.files import write_atomically, write_png
 
 
 class Stats:
@@ -27,49 +32,100 @@ class Stats:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Mean of each name since the last call; empties the sums. Waits for the device once."""
-        names = list(self._sums)
-        sums = torch.stack([self._sums[n] for n in names]).tolist() if names else []
-        means = {n: s / self._counts[n] for n, s in zip(names, sums)}
+        """Mean of each name since the last call, over all processes; empties the sums. Waits for the device once."""
+        means = self.peek()
         self._sums, self._counts = {}, {}
         return means
 
+    def peek(self) -> dict[str, float]:
+        """As `means`, and keeps the sums."""
+        names = list(self._sums)
+        sums = mean_(torch.stack([self._sums[n] for n in names])).tolist() if names else []
+        return {n: s / self._counts[n] for n, s in zip(names, sums)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums since the last `means`, averaged over all processes, for a checkpoint between two ticks."""
+        sums = mean_(torch.stack(list(self._sums.values()))).unbind() if self._sums else ()
+        return {"sums": dict(zip(self._sums, sums)), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sums = {n: s.to(device) for n, s in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
 
 class Journal:
-    """stats.jsonl and the TensorBoard events of a run folder, cut back to cur_nimg where a run goes on from there."""
+    """stats.jsonl and the TensorBoard events of a run folder, cut back to cur_nimg where a run goes on from there.
+
+    A disk that refuses costs no run: lines wait in memory and are written when it takes them again, curves are left out from
+    there, and each is said once. Of several processes only the first writes.
+    """
 
     def __init__(self, run_dir: Path, cur_nimg: int) -> None:
+        self._path, self._run_dir = run_dir / "stats.jsonl", run_dir
+        self._waiting: list[str] = []
+        self._told = False
+        self._board: Any = None
+        if rank() == 0:
+            self.cut_back(cur_nimg)
+
+    def cut_back(self, cur_nimg: int) -> None:
+        """Drop what was written after cur_nimg; it is about to be written again."""
+        if rank() != 0:
+            return
+        self.close()
+        if self._path.exists():
+            kept = []
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    seen = json.loads(line)["cur_nimg"]
+                except (json.JSONDecodeError, TypeError, KeyError):  # a line that a kill cut short
+                    continue
+                if seen <= cur_nimg:
+                    kept.append(line + "\n")
+            write_atomically(self._path, "".join(kept).encode())
         from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
-        self._path = run_dir / "stats.jsonl"
-        self._cut_back(cur_nimg)
-        self._board = SummaryWriter(str(run_dir), purge_step=cur_nimg + 1, max_queue=100)
-
-    def _cut_back(self, cur_nimg: int) -> None:
-        """Drop what a killed process wrote after its last checkpoint; it is about to be written again."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                tick = json.loads(line)
-            except json.JSONDecodeError:  # a line that a kill cut short
-                continue
-            if tick["cur_nimg"] <= cur_nimg:
-                kept.append(line + "\n")
-        write_atomically(self._path, "".join(kept).encode())
+        self._board = SummaryWriter(str(self._run_dir), purge_step=cur_nimg + 1, max_queue=100)
 
     def write(self, cur_nimg: int, values: dict[str, Any]) -> None:
-        """One object a tick, and a curve for every number."""
-        with open(self._path, "a") as f:
-            f.write(json.dumps({"cur_nimg": cur_nimg, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, cur_nimg)
-        self._board.flush()
+        """One object a tick, and a curve for every number. What is not finite is null there."""
+        if rank() != 0:
+            return
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._waiting.append(json.dumps({"cur_nimg": cur_nimg, **plain}) + "\n")
+        with self._told_once():
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.write("".join(self._waiting))
+            self._waiting = []
+        with self._told_once():
+            for name, value in values.items():
+                if isinstance(value, str):
+                    self._board.add_text(name, value, cur_nimg)
+                else:
+                    self._board.add_scalar(name, value, cur_nimg)
+            self._board.flush()
 
-    def image(self, cur_nimg: int, name: str, sheet: np.ndarray) -> None:
-        """A grid (H, W) or (H, W, 3) uint8."""
-        self._board.add_image(name, sheet, cur_nimg, dataformats="HW" if sheet.ndim == 2 else "HWC")
+    def image(self, cur_nimg: int, name: str, path: Path, sheet: np.ndarray) -> None:
+        """A grid (H, W) or (H, W, 3) uint8, as a PNG file and in TensorBoard."""
+        if rank() != 0:
+            return
+        with self._told_once():
+            write_png(path, sheet)
+        with self._told_once():
+            self._board.add_image(name, sheet, cur_nimg, dataformats="HW" if sheet.ndim == 2 else "HWC")
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UserError) as e:
+            if not self._told:
+                place = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+                print0(f"\nstatistics and grids cannot be written, training goes on without them ({place})")
+            self._told = True
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            with self._told_once():
+                self._board.close()
+            self._board = None

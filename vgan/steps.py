@@ -1,5 +1,6 @@
 """One training step of each network: the algorithm, on one page."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from vgan.augment import Augment
 from vgan.controls import Controls
 from vgan.device import autocast
+from vgan.distributed import mean_, print0, world_size
+from vgan.errors import is_out_of_memory
 from vgan.losses import Loss
 from vgan.penalties import PENALTIES
 from vgan.randomness import Streams
@@ -63,6 +66,14 @@ class Batch(NamedTuple):
     real: Tensor
     c: Tensor
     streams: Streams
+
+    def parts(self, count: int) -> list["Batch"]:
+        """The batch cut into `count` or fewer parts of equal size, but for the last."""
+        if count == 1:
+            return [self]
+        size = -(-len(self.real) // count)
+        starts = range(0, len(self.real), size)
+        return [Batch(self.real[i : i + size], self.c[i : i + size], self.streams[i : i + size]) for i in starts]
 
 
 def knobs_at(now: Moment, controls: Controls, device: torch.device, penalty_weight: float) -> Knobs:
@@ -126,6 +137,7 @@ class Recipe:
     device: torch.device
     precision: str
     penalty: str = "forward"
+    split: "Split" = field(default_factory=lambda: Split())
     d_forward: Callable[..., tuple[Tensor, Scalars]] = d_forward
     g_forward: Callable[..., tuple[Tensor, Scalars]] = g_forward
 
@@ -148,34 +160,100 @@ def d_step(state: State, recipe: Recipe, now: Moment, batch: Batch, penalty_weig
     """Train D on a batch against fakes of its classes."""
     set_hyperparameters(state.opt_D, now.lr_D, now.beta2)
     knobs = knobs_at(now, state.controls, recipe.device, penalty_weight)
-    loss, scalars = recipe.d_forward(state.G, state.D, recipe, knobs, batch, penalty_weight > 0)
-    state.controls.watch_signs(scalars["logits/real_sign"], len(batch.real))
-    if penalty_weight > 0:
-        penalty = knobs.gamma / penalty_weight / 2 * (scalars["penalty/r1"] + scalars["penalty/r2"])
-        state.controls.watch_penalty(penalty, round(len(batch.real) * penalty_weight))
-    return scalars | {"grad_norm/D": _descend(state.D, state.opt_D, state.scaler_D, loss)}
+
+    def forward(part: Batch) -> tuple[Tensor, Scalars]:
+        return recipe.d_forward(state.G, state.D, recipe, knobs, part, penalty_weight > 0)
+
+    scalars = _descend(Half(state.D, state.opt_D, state.scaler_D, forward, recipe.d_forward), batch, recipe.split)
+    nimg = len(batch.real) * world_size()
+    if state.controls.follow:
+        state.controls.watch_signs(mean_(scalars["logits/real_sign"].clone()), nimg)
+        if penalty_weight > 0:
+            slopes = mean_(scalars["penalty/r1"] + scalars["penalty/r2"])
+            state.controls.watch_penalty(knobs.gamma / penalty_weight / 2 * slopes, round(nimg * penalty_weight))
+    return scalars | {f"{name}/D": scalars.pop(name) for name in ("grad_norm", "broken")}
 
 
 def g_step(state: State, recipe: Recipe, now: Moment, batch: Batch) -> Scalars:
     """Train G to make fakes of the batch's classes that D takes for the reals."""
     set_hyperparameters(state.opt_G, now.lr_G, now.beta2)
-    state.D.requires_grad_(False)
     knobs = knobs_at(now, state.controls, recipe.device, 0)
-    loss, scalars = recipe.g_forward(state.G, state.D, recipe, knobs, batch)
-    norm = _descend(state.G, state.opt_G, state.scaler_G, loss)
+
+    def forward(part: Batch) -> tuple[Tensor, Scalars]:
+        return recipe.g_forward(state.G, state.D, recipe, knobs, part)
+
+    state.D.requires_grad_(False)
+    scalars = _descend(Half(state.G, state.opt_G, state.scaler_G, forward, recipe.g_forward), batch, recipe.split)
     state.D.requires_grad_(True)
-    return scalars | {"grad_norm/G": norm}
+    return scalars | {f"{name}/G": scalars.pop(name) for name in ("grad_norm", "broken")}
 
 
-def _descend(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
-    """Backward and one optimizer step; returns the gradient's norm."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+class Half(NamedTuple):
+    """One network with what moves its weights."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    forward: Callable[[Batch], tuple[Tensor, Scalars]]  # what it minimises, and the step's statistics
+    shared: Any  # the recipe's forward; has `no_sync` where processes average their gradients after a backward pass
+
+
+def _descend(half: Half, batch: Batch, split: "Split") -> Scalars:
+    """Backward and one optimizer step. Adds to the scalars the gradient's norm, and whether loss or gradient is broken."""
+    optimizer, scaler = half.optimizer, half.scaler
+    while True:
+        try:
+            scalars = _accumulate(half, batch, split.count)
+            break
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e) or not split.can_grow(len(batch.real)):
+                raise
+        split.grow(len(batch.real), batch.real.device)  # here the failed pass has let go of its memory
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in half.network.parameters() if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded network
+    # in fp16 gradients overflow now and then; the scaler leaves the step out and scales less
+    whole = scalars["minimised"].isfinite() if scaler.is_enabled() else scalars["minimised"].isfinite() & norm.isfinite()
     scaler.step(optimizer)
     scaler.update()
-    return norm
+    del scalars["minimised"]
+    return scalars | {"grad_norm": norm, "broken": (~whole).float()}
+
+
+def _accumulate(half: Half, batch: Batch, count: int) -> Scalars:
+    """The gradient of the batch's mean loss, worked out in `count` parts; returns the batch's statistics."""
+    half.optimizer.zero_grad(set_to_none=True)
+    parts = batch.parts(count)
+    totals: Scalars = {}
+    for i, part in enumerate(parts):
+        more_to_come = i + 1 < len(parts) and hasattr(half.shared, "no_sync")
+        with half.shared.no_sync() if more_to_come else contextlib.nullcontext():
+            loss, scalars = half.forward(part)
+            scalars["minimised"] = loss.detach()
+            if len(parts) == 1:
+                half.scaler.scale(loss).backward()
+                return scalars
+            share = len(part.real) / len(batch.real)
+            half.scaler.scale(loss * share).backward()
+        for name, value in scalars.items():
+            totals[name] = totals[name] + share * value if name in totals else share * value
+    return totals
+
+
+@dataclass
+class Split:
+    """In how many parts a batch goes through the networks; grows where the memory does not suffice."""
+
+    count: int = 1
+
+    def can_grow(self, batch: int) -> bool:
+        return self.count < batch and world_size() == 1  # several processes would lose step with one another
+
+    def grow(self, batch: int, device: torch.device) -> None:
+        self.count = min(batch, 2 * self.count)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print0(f"\nout of memory: batches of {batch} now go through in parts of {-(-batch // self.count)}, with the same result")
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: float) -> None:

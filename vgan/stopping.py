@@ -4,17 +4,27 @@ import signal
 import threading
 from typing import Any
 
+from vgan.errors import UserError
+
+RESTART = 75  # the exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, "try again"
+# Ctrl-C, the polite kill, and what clusters send before they take a machine away
+_ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class Stopped(SystemExit):
-    """A run that was asked to stop and has saved; exit code 130, as for any program that Ctrl-C ended."""
+    """A run that was asked to stop and has saved; the exit code asks for the same command again."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(130)
+        super().__init__(RESTART)
         self.text = text
 
 
+class GaveUp(UserError):
+    """A run that went wrong again and again."""
+
+
 class StopRequest:
-    """While active, the first Ctrl-C (or SIGTERM) asks for a stop after the step; the second acts at once."""
+    """While active, the first Ctrl-C, SIGTERM or SIGUSR1 asks for a stop after the step; a second Ctrl-C acts at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -22,7 +32,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
-            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {s: signal.signal(s, self._ask) for s in _ASKING}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -31,4 +41,5 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         self.requested = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])

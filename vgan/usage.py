@@ -54,10 +54,6 @@ def _first_comment(text: str) -> str:
     return comments[0] if comments else ""
 
 
-def is_out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)
-
-
 def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
     """Hydra's and OmegaConf's complaints as one line: the override they are about, the rule, the fix."""
     causes = [e]

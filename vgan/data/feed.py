@@ -23,6 +23,8 @@ class Feed:
     set is held as uint8 if it takes less than half of the free memory (or as hold_on_device says). Otherwise threads read the
     next batches ahead of need, row by row from the file: a mapped file would grow the process by every page it touched.
     `waited_s` counts the seconds for which `batch` stood still for data.
+
+    `share` = (i, n) gives the i-th of n equal parts of every batch, for one of n processes.
     """
 
     def __init__(
@@ -33,8 +35,11 @@ class Feed:
         device: torch.device,
         hold_on_device: bool | None = None,
         holdout: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._dataset, self._batch_size, self._seed, self._device = dataset, batch_size, seed, device
+        self._rows = batch_size // share[1]
+        self._first_row = share[0] * self._rows
         self._train_items = torch.from_numpy(dataset.split(holdout)[0]) if holdout else None
         self._count = len(dataset) - holdout
         self._pin = device.type == "cuda"
@@ -56,10 +61,11 @@ class Feed:
             self._file = os.open(str(dataset.images.filename), os.O_RDONLY)
 
     def items(self, cur_nimg: int) -> Tensor:
-        """Which items of the data set (N,) int64 the batch at cur_nimg holds."""
-        first, last = cur_nimg // _BLOCK, (cur_nimg + self._batch_size - 1) // _BLOCK
+        """Which items of the data set (N,) int64 the batch at cur_nimg holds, or this share of it."""
+        begin = cur_nimg + self._first_row
+        first, last = begin // _BLOCK, (begin + self._rows - 1) // _BLOCK
         blocks = torch.cat([self._order(block) for block in range(first, last + 1)])
-        return blocks[cur_nimg - first * _BLOCK :][: self._batch_size]
+        return blocks[begin - first * _BLOCK :][: self._rows]
 
     def _order(self, block: int) -> Tensor:
         """The items of images block * _BLOCK and on, _BLOCK of them; worked out together, since each alone costs as much."""
@@ -72,7 +78,7 @@ class Feed:
         return order
 
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
-        """Images number cur_nimg .. cur_nimg + batch_size - 1 of the run, on the device.
+        """Images number cur_nimg .. cur_nimg + batch_size - 1 of the run, or this share of them, on the device.
 
         Returns float32 (N, C, H, W) in [-1, 1], channels-last, and one-hot classes (N, label_dim). Nothing here waits for
         the device: what is copied to it lies in pinned memory.

@@ -1,0 +1,46 @@
+"""One run on several processes: every process takes an equal part of each batch, and gradients are averaged."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vgan.steps import Recipe
+
+
+class _Half(nn.Module):
+    """The loss of one network as a module of its own, since that is what torch's wrappers hook into."""
+
+    def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network, self._forward = network, forward
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._forward(*arguments)
+
+
+class Averaged:
+    """A forward pass of the recipe whose backward pass averages the network's gradients over all processes.
+
+    The exchange of one bucket of gradients goes on while the backward pass works out the next (Li et al. 2020, "PyTorch
+    distributed"). Equal parts of a batch on each process give the gradient of the whole batch, since losses are means.
+    """
+
+    def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
+        # no device_ids: inputs are where they belong; buffers follow from all-reduced numbers alone
+        self._ddp = DistributedDataParallel(_Half(network, forward), broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._ddp(*arguments)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes in this context keep their gradients to themselves, until one outside it."""
+        return self._ddp.no_sync()  # type: ignore[return-value]
+
+
+def averaged(recipe: Recipe, G: nn.Module, D: nn.Module) -> Recipe:
+    """The recipe with both forward passes averaged over the processes of the group."""
+    return replace(recipe, d_forward=Averaged(D, recipe.d_forward), g_forward=Averaged(G, recipe.g_forward))

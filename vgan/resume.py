@@ -1,0 +1,118 @@
+"""Going on from a checkpoint: after a stop, with changed settings, or back from a fault."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from vgan import checkpoint
+from vgan.config import require
+from vgan.distributed import barrier, print0, rank, world_size
+from vgan.errors import UserError
+from vgan.run import Progress, Run, set_up
+from vgan.stopping import GaveUp
+from vgan.watchdog import NEXT
+
+# Settings that say where, how long and how often, not what is learned: they change on resume without a word.
+_FREE = (
+    "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "threads", "total_kimg", "tick_kimg",
+    "deterministic", "snapshot_kimg", "checkpoint_kimg", "checkpoint_minutes", "keep_checkpoints", "schedule_kimg", "data",
+    "eval_kimg", "eval", "features", "watchdog", "batch_gpu", "parallel",
+)  # fmt: skip
+DAMAGED, REJECTED = "damaged-", "rejected-"  # what is put before the name of a checkpoint that is not used again
+
+
+def newest_nimg(run_dir: Path) -> int:
+    """How far the newest checkpoint's name says that a run has come; 0 without one."""
+    found = checkpoint.all_checkpoints(run_dir) if run_dir.is_dir() else []
+    return checkpoint.nimg_of(found[-1]) if found else 0
+
+
+def resume(run: Run) -> Progress:
+    """Load the newest readable checkpoint of the run folder, if there is one.
+
+    Damaged ones are renamed, with a warning. Raises UserError where the checkpoint is of another model or of other data, or
+    where a setting was changed that would spoil the run; other changes are printed.
+    """
+    progress = Progress()
+    parts = _from_first_process(lambda: _newest(run))
+    if parts is None:
+        return progress
+    _compare(run, parts)
+    progress.load_parts(run, parts)
+    return progress
+
+
+def _from_first_process(read: Any) -> dict[str, Any] | None:
+    """What rank 0 reads, on every process: only its machine needs to have the folder."""
+    box = [read() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def _newest(run: Run) -> dict[str, Any] | None:
+    found = checkpoint.all_checkpoints(run.run_dir) if run.run_dir.is_dir() else []
+    for path in reversed(found):
+        try:
+            return checkpoint.load(path)
+        except checkpoint.Damaged as e:
+            print0(f"passed over: {e}; it is now called {DAMAGED}{path.name}")
+            path.rename(path.with_name(DAMAGED + path.name))
+    return None
+
+
+def _compare(run: Run, parts: dict[str, Any]) -> None:
+    """Refuse what would spoil the run, and print what else has changed."""
+    before, now, where = _flat(parts["config"]), _flat(run.config), f"run_dir={run.run_dir}"
+    if parts["data"]["digest"] != run.dataset.digest:
+        raise UserError(f"{where}: was trained on other data ({parts['data']['name']}); use another run_dir")
+    # a setting that an earlier version did not know had no effect then
+    changed = sorted(k for k in now.keys() & before.keys() if before[k] != now[k] and k.split(".")[0] not in _FREE)
+    changed += sorted(k for k in now.keys() ^ before.keys() if k.startswith(("model.", "optim.optimizer")))
+    for k in changed:
+        what = f"{k} was {before.get(k)}, is now {now.get(k)}"
+        if k.startswith(("model.", "optim.optimizer._target_")) and k != "model.name":
+            raise UserError(f"{where}: holds another model or optimizer ({what}); use another run_dir")
+        require(
+            k != "holdout", k, now.get(k), f"was {before.get(k)}: pictures would change sides; keep it or use another run_dir"
+        )
+    for k in changed:
+        print0(f"changed since the checkpoint: {k} was {before.get(k)}, is now {now.get(k)}")
+
+
+def go_back(run: Run, progress: Progress, fault: str) -> str:
+    """Return run and progress to a checkpoint from before a fault, with one thing changed; returns that in words.
+
+    The first try goes back to the newest checkpoint, each further one to the one before: a fault may have begun before it was
+    noticed. Raises GaveUp after watchdog.tries of them.
+    """
+    at, tries = progress.cur_nimg, run.config["watchdog"]["tries"]
+    rescue, what = progress.rescue.next(at)
+    if rescue.tries > tries:
+        tried = f"after {tries} tries ({', '.join(NEXT[: min(tries, len(NEXT))])})" if tries else "(watchdog.tries=0)"
+        fix = "the checkpoints of before are kept; lower optim.lr_G and optim.lr_D, raise loss.gamma, or use precision=fp32"
+        raise GaveUp(f"run_dir={run.run_dir}: gave up at {at:,} images {tried}: {fault}; {fix}")
+    parts = _from_first_process(lambda: _before(run, progress.rescue.tries))
+    if parts is None:
+        fresh = set_up(run.config, run.recipe.device, run.recipe.precision)
+        parts = Progress().parts(fresh)
+    progress.load_parts(run, parts)
+    progress.rescue = rescue
+    barrier()
+    return f"at {at:,} images: {fault}; back to {progress.cur_nimg:,}, with {what} (try {rescue.tries} of {tries})"
+
+
+def _before(run: Run, further: int) -> dict[str, Any] | None:
+    """The parts of the newest checkpoint but `further` many, or of the oldest; those after it are put aside."""
+    found = checkpoint.all_checkpoints(run.run_dir)
+    for path in found[max(1, len(found) - further) :]:
+        path.rename(path.with_name(REJECTED + path.name))
+    return _newest(run)
+
+
+def _flat(node: Any, name: str = "") -> dict[str, Any]:
+    """{'a.b': value} of nested dicts."""
+    if not isinstance(node, dict):
+        return {name: node}
+    return {k: v for key, child in node.items() for k, v in _flat(child, f"{name}.{key}" if name else str(key)).items()}

@@ -1,0 +1,106 @@
+"""A run's parts: data, networks, optimizers, losses and schedules, built from the config before the first step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgan import build
+from vgan.config import require
+from vgan.controls import Controls, usual_gamma
+from vgan.data.source import Dataset
+from vgan.device import pick_depthwise
+from vgan.distributed import first_on_machine, world_size
+from vgan.ema import ema_copy
+from vgan.losses import RELATIVISTIC
+from vgan.models.layers import fuse_depthwise
+from vgan.schedules import cosine
+from vgan.stats import Stats
+from vgan.steps import Moment, Recipe, Split, State
+from vgan.watchdog import Rescue
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works on."""
+
+    config: dict[str, Any]  # the resolved TrainConfig
+    run_dir: Path
+    dataset: Dataset
+    state: State
+    recipe: Recipe
+    moment_at: Callable[[int], Moment]  # cur_nimg -> the scheduled quantities
+    identity: dict[str, Any]  # goes into every checkpoint: config, sizes, data
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint carries besides `State`."""
+
+    cur_nimg: int = 0
+    rescue: Rescue = field(default_factory=Rescue)
+    stats: Stats = field(default_factory=Stats)
+
+    def moment(self, run: Run) -> Moment:
+        """The scheduled quantities, as the watchdog has changed them."""
+        now = run.moment_at(self.cur_nimg)
+        change = self.rescue
+        return replace(now, lr_G=now.lr_G * change.lr, lr_D=now.lr_D * change.lr, gamma=now.gamma * change.gamma)
+
+    def parts(self, run: Run) -> dict[str, Any]:
+        """Everything that a checkpoint holds. Every process must come here."""
+        mine = {"cur_nimg": self.cur_nimg, "rescue": self.rescue.parts(), "stats": self.stats.state_dict()}
+        return {**run.identity, **run.state.parts(), **mine}
+
+    def load_parts(self, run: Run, parts: dict[str, Any]) -> None:
+        """Take run and progress back to where the parts were written; checkpoints of earlier versions lack some."""
+        run.state.load_parts(parts)
+        self.cur_nimg = int(parts["cur_nimg"])
+        self.rescue = Rescue(**parts["rescue"]) if "rescue" in parts else Rescue()
+        self.stats = Stats()
+        if "stats" in parts:
+            self.stats.load_state_dict(parts["stats"], run.recipe.device)
+
+
+def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
+    """Data, networks, optimizers, losses and schedules: everything that can be wrong, before the first step."""
+    optim, loss, augment = config["optim"], config["loss"], config["augment"]
+    d_loss, g_loss = build.build_loss(loss["name"])
+    transforms = build.build_augment(augment["transforms"])
+    rows = _rows_of_each_process(config["batch_size"])
+    split = Split(-(-rows // config["batch_gpu"]) if config["batch_gpu"] else 1)
+    recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision, config["penalty"], split)
+    with first_on_machine():
+        dataset = build.build_dataset(config["data"])
+    ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {k: optim[k] for k in ("lr_G", "lr_D", "beta2")}
+    if config["gamma"] == "auto":
+        ramps["gamma"] = dict(zip(("start", "end"), usual_gamma(dataset.img_resolution, config["batch_size"])))
+    schedules = {name: cosine(ramp["start"], ramp["end"], config["schedule_kimg"]) for name, ramp in ramps.items()}
+
+    def moment_at(cur_nimg: int) -> Moment:
+        return Moment(**{name: schedule(cur_nimg) for name, schedule in schedules.items()})
+
+    sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
+    G, D = (network.to(device) for network in build.build_networks(config["model"], sizes, config["seed"]))
+    if pick_depthwise(config["depthwise"], device) == "triton":
+        for network in (G, D):
+            fuse_depthwise(network)
+    betas = (optim["beta1"], optim["beta2"]["start"])
+    opt_G = build.build_optimizer(optim["optimizer"], G, optim["lr_G"]["start"], betas)
+    opt_D = build.build_optimizer(optim["optimizer"], D, optim["lr_D"]["start"], betas)
+    scaler_G, scaler_D = (torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2))
+    controls = Controls(augment["target"], augment["adapt_kimg"], correct_gamma=config["gamma"] == "auto").to(device)
+    state = State(G, D, ema_copy(G), opt_G, opt_D, scaler_G, scaler_D, controls)
+    data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
+    identity = {"config": config, "sizes": sizes, "data": data}
+    return Run(config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity)
+
+
+def _rows_of_each_process(batch_size: int) -> int:
+    n = world_size()
+    require(
+        batch_size % n == 0, "batch_size", batch_size, f"must be a multiple of the {n} processes; try {batch_size // n * n or n}"
+    )
+    return batch_size // n
