@@ -17,7 +17,7 @@ from vgan.models.generator import Generator
 from vgan.penalties import PENALTIES
 from vgan.randomness import Streams, signs, words
 from vgan.stats import Stats
-from vgan.steps import Batch, Moment, Recipe, Scalars, State, compiled, d_forward, d_step, g_forward, g_step, train_step
+from vgan.steps import Batch, Moment, Recipe, Scalars, Split, State, compiled, d_forward, d_step, g_forward, g_step, train_step
 
 CPU = torch.device("cpu")
 NOW = Moment(lr_G=1e-2, lr_D=2e-2, beta2=0.95, gamma=3.0, augment_p=0.0)
@@ -78,6 +78,27 @@ def test_one_step_is_a_step_of_d_and_then_one_of_g() -> None:
     step_g(parts, recipe(), streams)
     for ours, theirs in ((whole.G, parts.G), (whole.D, parts.D)):
         assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(count: int) -> None:
+    grads, scalars = [], []
+    for parts in (1, count):
+        state, how, batch = make_state(), replace(recipe(), split=Split(parts)), Batch(REAL, C, Streams(0, 0, 4))
+        with torch.no_grad():
+            for p in state.D.parameters():
+                p.add_(0.05 * torch.linspace(-1, 1, p.numel()).view_as(p))
+        scalars.append(d_step(state, how, NOW, batch, 1))
+        grads.append([p.grad for p in state.D.parameters()])
+        state.D.load_state_dict(make_state().D.state_dict())  # Adam's step makes much of a rounding; G shall see the same D
+        scalars[-1] |= g_step(state, how, NOW, batch)
+        grads[-1] += [p.grad for p in state.G.parameters()]
+    for whole, split in zip(*grads):
+        assert whole is not None
+        assert torch.allclose(whole, split, rtol=1e-4, atol=1e-5)
+    assert scalars[0].keys() == scalars[1].keys()
+    for name, value in scalars[0].items():
+        assert scalars[1][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
 def test_schedules_reach_the_optimizers() -> None:

@@ -6,38 +6,16 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
+from runs import assert_same_run, start, train_in_process
 
-from vgan import checkpoint, cli  # noqa: F401  (cli registers the schemas)
-from vgan.config import CONFIG_DIR
+from vgan import checkpoint
 from vgan.controls import usual_gamma
 from vgan.stopping import RESTART, StopRequest
-from vgan.train import due, train
-
-TINY = [
-    "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]", "batch_size=8",
-    "total_kimg=0.4", "tick_kimg=0.04", "snapshot_kimg=0.1", "checkpoint_kimg=0.04", "loss.penalty_every=3",
-    "augment=scheduled", "device=cpu",
-]  # fmt: skip
-# Every step takes at least 10 ms, so that a kill lands inside the run and not after it.
-SLOW = """
-import time, vgan.train
-step = vgan.train.train_step
-vgan.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
-from vgan.cli import train_main
-train_main()
-"""
-
-
-def start(run_dir: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", SLOW, *TINY, f"run_dir={run_dir}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+from vgan.train import due
 
 
 def wait_for(run_dir: Path, cur_nimg: int, process: "subprocess.Popen[str]") -> None:
@@ -49,39 +27,6 @@ def wait_for(run_dir: Path, cur_nimg: int, process: "subprocess.Popen[str]") -> 
             return
         time.sleep(0.002)
     raise AssertionError(f"no checkpoint at {cur_nimg}: {process.communicate()[0]}")
-
-
-def train_in_process(run_dir: Path, *overrides: str) -> None:
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        train(compose("train", overrides=[*TINY, f"run_dir={run_dir}", *overrides]))
-
-
-def flatten(node: object, name: str = "") -> dict[str, object]:
-    if isinstance(node, dict):
-        return {k: v for key, child in node.items() for k, v in flatten(child, f"{name}/{key}").items()}
-    if isinstance(node, list):
-        return {k: v for i, child in enumerate(node) for k, v in flatten(child, f"{name}/{i}").items()}
-    return {name: node}
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Final checkpoints equal to the last bit, and so are the statistics and the grids."""
-    final = [flatten(checkpoint.load(checkpoint.find(folder))) for folder in (a, b)]
-    assert final[0].keys() == final[1].keys()
-    for name, value in final[0].items():
-        if isinstance(value, torch.Tensor):
-            other = final[1][name]
-            assert isinstance(other, torch.Tensor)
-            assert torch.equal(value.nan_to_num(), other.nan_to_num()), name
-        elif name != "/config/run_dir":
-            assert value == final[1][name], name
-    ticks = [[json.loads(line) for line in (f / "stats.jsonl").read_text().splitlines()] for f in (a, b)]
-    for ours, theirs in zip(*ticks, strict=True):
-        ours, theirs = ({k: v for k, v in tick.items() if not k.startswith(("speed/", "memory/"))} for tick in (ours, theirs))
-        assert ours == theirs
-    names = sorted(p.name for p in a.glob("*.png"))
-    assert names == sorted(p.name for p in b.glob("*.png"))
-    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
 def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -101,17 +46,21 @@ def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path) -
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
-def test_ctrl_c_saves_at_the_next_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path / "r")
-    wait_for(tmp_path / "r", 40, process)
-    process.send_signal(signal.SIGINT)
-    out = process.communicate()[0]
-    assert process.returncode == RESTART, out
-    assert out.count("the same command goes on") == 1
-    assert "Traceback" not in out
-    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 400
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
+def test_a_signal_saves_at_the_next_step_and_the_same_command_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole")
+    for number in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        process = start(tmp_path / "r")
+        wait_for(tmp_path / "r", 40, process)
+        process.send_signal(getattr(signal, number))
+        out = process.communicate()[0]
+        assert process.returncode == RESTART, out
+        assert out.count("the same command goes on") == 1
+        assert "Traceback" not in out
+        assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 400
     assert "Done" in start(tmp_path / "r").communicate()[0]
+    assert "Done" in whole.communicate()[0]
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
 
 
 def test_second_ctrl_c_is_not_held_back() -> None:

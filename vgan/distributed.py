@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 # An evaluation on rank 0 may take long while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
@@ -45,7 +46,11 @@ def group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    store, rank_, size = next(rendezvous("env://", timeout=_PATIENCE))
+    # torchrun keeps its store when it restarts a group, and the dead ones' addresses in it: a hang, seen with torch 2.15
+    store = dist.PrefixStore(f"vgan-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=_PATIENCE)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """One run on several processes: every process takes an equal part of each batch, and gradients are averaged."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,8 +31,10 @@ class Averaged:
     """
 
     def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
-        # no device_ids: inputs are where they belong; buffers follow from all-reduced numbers alone
-        self._ddp = DistributedDataParallel(_Half(network, forward), broadcast_buffers=False, gradient_as_bucket_view=True)
+        # filters of one channel have two equal descriptions in memory, and torch takes the other one for a loss of speed
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # no device_ids: inputs are where they belong
+        self._ddp = DistributedDataParallel(_Half(network, forward), gradient_as_bucket_view=True)
 
     def __call__(self, *arguments: Any) -> Any:
         return self._ddp(*arguments)

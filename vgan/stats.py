@@ -25,7 +25,7 @@ class Stats:
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Take one step's scalars. A name need not come in every step."""
-        for name in values.keys() - self._sums.keys():
+        for name in sorted(values.keys() - self._sums.keys()):  # in one order on all processes
             self._sums[name] = torch.zeros_like(values[name], dtype=torch.float32)
         torch._foreach_add_([self._sums[name] for name in values], [value.detach().float() for value in values.values()])
         for name in values:

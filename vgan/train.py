@@ -102,7 +102,7 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
             save = last or stopping or late or due(config["checkpoint_kimg"], before, cur_nimg)
             if tick or save:
                 means = progress.stats.means() if tick else progress.stats.peek()
-                means |= _scales(run) | ({"diversity": pictures.diversity(real)} if tick else {})
+                means |= _scales(run) | ({"diversity": pictures.diversity()} if tick else {})
                 if fault := watchdog.fault(means, now.gamma * float(state.controls.gamma_factor())):
                     writer.wait()
                     told = go_back(run, progress, fault)
@@ -165,3 +165,9 @@ def _start_folder(run_dir: Path, config: dict[str, Any]) -> None:
 
 def _next_commands(run_dir: Path) -> str:
     return f"Next:  vgan-sample ckpt={run_dir} out=grid.png\n       tensorboard --logdir {run_dir}"
+
+
+if __name__ == "__main__":  # torchrun -m vgan.train ...
+    from vgan.cli import train_main
+
+    train_main()

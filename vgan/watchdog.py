@@ -88,5 +88,5 @@ def diversity(fakes: Tensor, reals: Tensor) -> Tensor:
 
     Mean squared distance of two pictures at 8 x 8 pixels, which noise on single pixels does not count in.
     """
-    spread = [torch.nn.functional.adaptive_avg_pool2d(x.float(), 8).var(dim=0).mean() for x in (fakes, reals)]
+    spread = [torch.nn.functional.adaptive_avg_pool2d(x.float(), 8).var(dim=0).mean().cpu() for x in (fakes, reals)]
     return spread[0] / spread[1].clamp_min(1e-8)

@@ -15,7 +15,7 @@ from vgan import checkpoint
 from vgan.data.feed import Feed
 from vgan.data.store import default_cache_dir
 from vgan.device import autocast
-from vgan.distributed import barrier, mean_, print0, rank
+from vgan.distributed import barrier, print0, rank
 from vgan.drawing import drawing_precision
 from vgan.errors import UserError
 from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record, write_nearest
@@ -138,11 +138,11 @@ class Pictures:
             return torch.cat([to_uint8(self._run.state.G_ema(z, c)) for z, c in zip(self._z.split(16), self._c.split(16))])
 
     @torch.no_grad()
-    def diversity(self, real: torch.Tensor) -> float:
-        """How varied the fakes of one class are, against a batch of reals; see `watchdog.diversity`."""
+    def diversity(self) -> float:
+        """How varied the fakes of one class are, against the reals of the grid; see `watchdog.diversity`."""
         with autocast(self._run.recipe.device, self._run.recipe.precision):
             fakes = self._run.state.G(self._z_compared, self._one_class)
-        return float(mean_(diversity(fakes, real)))
+        return float(diversity(fakes, to_float(self.reals)))
 
 
 def sheet_of(images: torch.Tensor) -> Any:

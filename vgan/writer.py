@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vgan import checkpoint
+from vgan.distributed import rank
 from vgan.errors import UserError
 
 
@@ -45,7 +46,10 @@ class CheckpointWriter:
         self.stalled_s = 0.0  # in which steps waited
 
     def begin(self, path: Path, parts: dict[str, Any]) -> None:
-        """Copy `parts` and write them to `path` while training goes on."""
+        """Copy `parts` and write them to `path` while training goes on. Of several processes only the first does."""
+        self.last_s = time.monotonic()
+        if rank() != 0:
+            return
         start = time.perf_counter()
         self.wait()
         copied = to_host(parts)
@@ -54,7 +58,6 @@ class CheckpointWriter:
             done = torch.cuda.Event()
             done.record()
         self._begun = self._pool.submit(self._write, path, copied, done)
-        self.last_s = time.monotonic()
         self.stalled_s += time.perf_counter() - start
 
     def _write(self, path: Path, parts: dict[str, Any], copied: "torch.cuda.Event | None") -> str | None:

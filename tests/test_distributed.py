@@ -1,0 +1,116 @@
+"""Several real processes over gloo: the same run as one, to rounding; clean ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SLOW, TINY, lines_of
+
+from vgan import checkpoint
+from vgan.stopping import RESTART
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed")
+FOLLOWING = ("augment=adaptive", "augment.adapt_kimg=0.1", "gamma=auto")
+RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+CHEAP = ["precision=fp32", "threads=1", "total_kimg=0.064", "tick_kimg=0.032", "checkpoint_kimg=0.032", "batch_size=16"]
+
+
+def command(processes: int, run_dir: Path, *overrides: str) -> list[str]:
+    return [*RUN, str(processes), "-m", "vgan.train", *TINY, *CHEAP, *overrides, f"run_dir={run_dir}"]
+
+
+def launch(*arguments: object) -> str:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def close(a: Path, b: Path, rel: float) -> None:
+    """Equal to rounding: statistics closely, weights as far as Adam's normalised steps of tiny gradients let them."""
+    for ours, theirs in zip(lines_of(a / "stats.jsonl"), lines_of(b / "stats.jsonl"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for tick in (
+            ours,
+            theirs,
+        ):  # D's last bias has no gradient under a relativistic loss: only the difference means something
+            tick["logits/real"] -= tick.pop("logits/fake")
+        for name, value in ours.items():
+            if not name.startswith(("speed/", "memory/")):
+                assert theirs[name] == pytest.approx(value, rel=rel, abs=rel), (name, ours["cur_nimg"])
+    first, second = (checkpoint.load(checkpoint.find(folder)) for folder in (a, b))
+    for name, weight in first["G_ema"].items():
+        assert torch.allclose(second["G_ema"][name], weight, rtol=10 * rel, atol=10 * rel), name
+
+
+@pytest.mark.parametrize("extra", [(), FOLLOWING, ("batch_gpu=3", "holdout=8")])
+def test_the_number_of_processes_does_not_change_the_run(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    for processes in (1, 2, 4) if not extra else (1, 2):
+        out = launch(processes, tmp_path / str(processes), *extra)
+        assert out.count("Done: 64 images.") == 1  # rank 0 speaks alone
+    close(tmp_path / "1", tmp_path / "2", rel=2e-3)
+    if not extra:
+        close(tmp_path / "1", tmp_path / "4", rel=2e-3)
+
+
+def test_a_run_moves_between_numbers_of_processes(tmp_path: Path) -> None:
+    launch(1, tmp_path / "whole")
+    launch(2, tmp_path / "moved", "total_kimg=0.032", "schedule_kimg=0.064")
+    out = launch(1, tmp_path / "moved", "schedule_kimg=0.064")
+    assert "from 32 images on" in out
+    close(tmp_path / "whole", tmp_path / "moved", rel=2e-3)
+
+
+def slow(processes: int, run_dir: Path, restarts: int = 0) -> "subprocess.Popen[str]":
+    script = run_dir.parent / "slow.py"
+    script.write_text(SLOW)
+    overrides = [*TINY, *CHEAP, "total_kimg=1.6", f"run_dir={run_dir}"]
+    call = [*RUN, str(processes), f"--max-restarts={restarts}", str(script), *overrides]
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoint(run_dir: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.time() + 120
+    while not checkpoint.all_checkpoints(run_dir):
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def workers(process: "subprocess.Popen[str]") -> list[int]:
+    return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_group_and_torchrun_resumes_it(tmp_path: Path, rank: int) -> None:
+    process = slow(2, tmp_path / "r", restarts=1)
+    wait_for_checkpoint(tmp_path / "r", process)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    assert out.count("images on") == 1  # resumed once
+    assert out.count("Done: 1,600 images.") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_a_signal_to_any_rank_stops_all_in_the_same_step(tmp_path: Path) -> None:
+    process = slow(2, tmp_path / "r")
+    wait_for_checkpoint(tmp_path / "r", process)
+    os.kill(workers(process)[1], signal.SIGUSR1)
+    out = process.communicate(timeout=240)[0]
+    assert f"exitcode  : {RESTART}" in out, out
+    assert out.count("the same command goes on") >= 1
+    newest = checkpoint.load(checkpoint.find(tmp_path / "r"))
+    assert newest["cur_nimg"] < 1600
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "batch_size=7: must be a multiple of the 2 processes; try 6" in done.stderr
+    assert not (tmp_path / "r").exists()
