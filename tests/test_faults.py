@@ -43,8 +43,11 @@ def collapse(state: State, scalars: dict[str, torch.Tensor]) -> None:
             p.zero_()
 
 
-def kill_d(state: State, scalars: dict[str, torch.Tensor]) -> None:
-    scalars["grad_norm/D"] = torch.zeros(())
+def kill(half: str) -> Harm:
+    def dead(state: State, scalars: dict[str, torch.Tensor]) -> None:
+        scalars[f"grad_norm/{half}"] = torch.zeros(())
+
+    return dead
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, harm: Harm, when: Callable[[int, int], bool]) -> list[Any]:
@@ -69,7 +72,8 @@ def inject(monkeypatch: pytest.MonkeyPatch, harm: Harm, when: Callable[[int, int
         (spoil_loss, "a loss was not a number"),
         (explode, r"gamma / 2 (r1 + r2) was"),
         (collapse, "the fakes have collapsed"),
-        (kill_d, "the discriminator is dead"),
+        (kill("D"), "the discriminator is dead"),
+        (kill("G"), "the generator is dead"),
     ],
 )
 def test_a_fault_leads_back_to_the_last_good_checkpoint(

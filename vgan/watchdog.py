@@ -67,8 +67,9 @@ class Watchdog:
         penalty = gamma / 2 * (means.get("penalty/r1", 0.0) + means.get("penalty/r2", 0.0))
         if not penalty <= self._most_penalty:
             return f"gamma / 2 (r1 + r2) was {penalty:.3g}, over watchdog.most_penalty={self._most_penalty:g}"
-        if means.get("grad_norm/D", 1.0) < 1e-9:
-            return "the discriminator is dead: its gradient was 0"
+        for half, name in (("D", "discriminator"), ("G", "generator")):
+            if means.get(f"grad_norm/{half}", 1.0) < 1e-9:
+                return f"the {name} is dead: its gradient was 0"
         if "diversity" in means:
             before, self._last_diversity = self._last_diversity, means["diversity"]
             self._best_diversity = max(self._best_diversity, means["diversity"])
