@@ -8,6 +8,7 @@ import pickletools
 import re
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,8 +172,10 @@ def load(path: Path) -> dict[str, Any]:
     Raises Damaged, a UserError, where it is damaged or foreign.
     """
     try:
-        _inspect(path)
-        parts = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of readers that stumble; what counts is said below
+            _inspect(path)
+            parts = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(parts, dict) or not parts.keys() >= _PARTS:
             raise Damaged(f"{path}: not a vgan checkpoint (parts are missing)")
         if parts["format"] not in (1, FORMAT):

@@ -192,6 +192,11 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
 
 def validate(cfg: Any) -> None:
     """What the types of a TrainConfig cannot say; raises UserError naming key, value and rule."""
+    for f in fields(TrainConfig):
+        inside = "has keys of its own; give them one by one"
+        require(
+            not (is_dataclass(f.type) or f.type == dict[str, Any]) or hasattr(cfg[f.name], "keys"), f.name, cfg[f.name], inside
+        )
     for name in (
         "total_kimg",
         "batch_size",

@@ -25,16 +25,31 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
 
 
 def restore_generator(parts: dict[str, Any], device: torch.device) -> nn.Module:
-    """The same from the parts of a checkpoint."""
-    G = build.build_generator(parts["config"]["model"], parts["sizes"])
+    """The same from the parts of a checkpoint, which may say anything: memory is taken for the weights that it holds alone."""
+    fix = "ckpt: its weights do not fit the network it describes ({}); use an intact one"
     try:
-        G.load_state_dict(parts["G_ema"])
-    except RuntimeError as e:
-        raise UserError(
-            f"ckpt: its weights do not fit the network it describes ({str(e).splitlines()[0]}); use an intact one"
-        ) from e
-    G.label_names = tuple(parts["data"]["labels"])  # type: ignore[assignment]
+        model, sizes, weights, names = parts["config"]["model"], parts["sizes"], parts["G_ema"], parts["data"]["labels"]
+        _refuse_giants(model["generator"], len(weights))
+        with torch.device("meta"):  # shapes without memory
+            G = build.build_generator(model, sizes)
+        G.load_state_dict(weights, assign=True)
+        G.label_names = tuple(map(str, names))  # type: ignore[assignment]
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
+        raise UserError(fix.format(str(e).splitlines()[0] if str(e) else type(e).__name__)) from e
+    if any(not isinstance(w, Tensor) or w.is_meta for w in G.state_dict().values()):
+        raise UserError(fix.format("some are missing"))
     return G.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _refuse_giants(node: Any, weights: int) -> None:
+    """Raise ValueError for numbers that would build more layers than there are weights."""
+    for name, value in node.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        limit = weights if name == "blocks" else 1_000_000
+        if len(numbers) > 100 or any(isinstance(n, (int, float)) and not 0 <= n <= limit for n in numbers):
+            raise ValueError(f"{name}={value}")
 
 
 def drawing_precision(name: str, device: torch.device) -> str:

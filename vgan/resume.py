@@ -39,7 +39,13 @@ def resume(run: Run) -> Progress:
     if parts is None:
         return progress
     _compare(run, parts)
-    progress.load_parts(run, parts)
+    try:
+        progress.load_parts(run, parts)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(
+            f"run_dir={run.run_dir}: its newest checkpoint does not fit this run ({reason}); use another run_dir"
+        ) from e
     return progress
 
 

@@ -1,10 +1,13 @@
 """The user's own pictures: a folder, a zip or a .npy."""
 
+import contextlib
 import hashlib
 import io
 import os
+import struct
 import threading
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -14,6 +17,15 @@ from vgan.data.source import BadImage, Source, check_image_settings, natural_key
 from vgan.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more, one of which runs programs
+MOST_PIXELS, MOST_BYTES = 90_000_000, 300_000_000  # of one picture; Pillow's own limits are twice as many pixels
+_LARGE = threading.Lock()  # large pictures are decoded one at a time
+# All that libraries for pictures, zips and arrays raise on damaged files
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, AssertionError,
+    MemoryError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 _RULES = 2  # counts up with every change to how a picture becomes a square, so that packed ones are made anew
 
 
@@ -59,14 +71,20 @@ class Folder(Source):
             name = self._members[i]
         try:
             if self._array is None:
-                image = Image.open(io.BytesIO(self._content(name)))
+                image = Image.open(io.BytesIO(self._content(name)), formats=FORMATS)
                 # A JPEG much too large is decoded at 1/2, 1/4 or 1/8 of its size, never below twice what is needed: twice
                 # as fast for 400 px to 64 px, and half a grey level of 255 away on average.
                 image.draft(None, (2 * self.img_resolution, 2 * self.img_resolution))
-            pixels = to_square_uint8(image, self.img_resolution, self.img_channels)
+            size = image.width * image.height
+            if size > MOST_PIXELS:
+                raise BadImage(name, f"{image.width} x {image.height} pixels, over {MOST_PIXELS / 1e6:.0f} million")
+            with _LARGE if size > MOST_PIXELS / 8 else contextlib.nullcontext():
+                pixels = to_square_uint8(image, self.img_resolution, self.img_channels)
+        except BadImage:
+            raise
         except UnidentifiedImageError as e:
             raise BadImage(name, "not a picture") from e
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as e:
+        except _UNREADABLE as e:
             raise BadImage(name, str(e).splitlines()[0] if str(e) else type(e).__name__) from e
         return pixels, int(self._labels[i]) if self._labels is not None else 0
 
@@ -74,8 +92,12 @@ class Folder(Source):
         digest = hashlib.sha256(f"{_RULES} {self.img_resolution} {self.img_channels} {self.skip_bad} {self.label_names}".encode())
         if self._path.is_dir():
             for name in self._members:
-                status = (self._path / name).stat()
-                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                try:
+                    status = (self._path / name).stat()
+                except OSError:  # a link to nothing; reading it will say so
+                    digest.update(f"{name} -\n".encode(errors="surrogateescape"))
+                    continue
+                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         else:
             status = self._path.stat()
             digest.update(f"{self._path.name} {status.st_size} {status.st_mtime_ns}".encode())
@@ -84,9 +106,14 @@ class Folder(Source):
         return digest.hexdigest()
 
     def _list_folder(self) -> list[str]:
-        names = []
+        names, seen = [], set()
         for folder, folders, files in os.walk(self._path, followlinks=True):
-            folders[:] = [f for f in folders if not f.startswith(".")]
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+                folders[:] = []
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
             names += [(Path(folder) / f).relative_to(self._path).as_posix() for f in files if _is_picture(f)]
         return sorted(names, key=natural_key)
 
@@ -94,14 +121,16 @@ class Folder(Source):
         try:
             with zipfile.ZipFile(self._path) as archive:
                 names = [n for n in archive.namelist() if _is_picture(PurePosixPath(n).name) and "__MACOSX" not in n]
-        except (zipfile.BadZipFile, OSError) as e:
+        except _UNREADABLE as e:
             raise UserError(f"{self._shown}: not a readable zip ({e}); make it anew or unpack it and give the folder") from e
         return sorted(names, key=natural_key)
 
     def _open_array(self, path: Path) -> np.ndarray:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as e:
+            if not isinstance(array, np.ndarray):
+                raise ValueError("several arrays in one file")
+        except _UNREADABLE as e:
             raise UserError(f"{self._shown}: not a readable .npy ({e}); save it with numpy.save") from e
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
             got = f"{array.dtype} {array.shape}"
@@ -110,9 +139,13 @@ class Folder(Source):
 
     def _content(self, name: str) -> bytes:
         if self._path.is_dir():
+            if (self._path / name).stat().st_size > MOST_BYTES:
+                raise BadImage(name, f"over {MOST_BYTES / 1e6:.0f} MB")
             return (self._path / name).read_bytes()
         if not hasattr(self._local, "archive"):
             self._local.archive = zipfile.ZipFile(self._path)
+        if self._local.archive.getinfo(name).file_size > MOST_BYTES:
+            raise BadImage(name, f"over {MOST_BYTES / 1e6:.0f} MB")
         return self._local.archive.read(name)
 
     def _find_labels(self, labels: str) -> np.ndarray | None:
@@ -135,8 +168,10 @@ class Folder(Source):
     def _load_labels(self, path: Path) -> np.ndarray:
         shown = f"data.labels={path}"
         try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as e:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("several arrays in one file")
+        except _UNREADABLE as e:
             reason = "no such file" if not path.exists() else "not a readable .npy"
             raise UserError(f"{shown}: {reason}; give auto, none, folders or an integer .npy (N,)") from e
         if array.shape != (len(self),) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0:

@@ -91,7 +91,7 @@ def check_image_settings(resolution: int, channels: int = 3) -> None:
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """For sorting: numbers inside names count as numbers, so that img2 comes before img10."""
-    return [(0, int(t), "") if t.isdigit() else (1, 0, t) for t in re.split(r"(\d+)", text) if t]
+    return [(0, int(t), "") if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", text) if t]
 
 
 def to_square_uint8(image: Image.Image, resolution: int, channels: int, crop: int | None = None) -> np.ndarray:

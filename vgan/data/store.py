@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +50,9 @@ def pack(source: Source, cache_dir: Path) -> Dataset:
     final = cache_dir / f"{source.name}-{source.fingerprint()[:16]}"
     if not (final / "meta.json").is_file():
         try:
-            _pack_into(source, final)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow, about damaged files; those that cannot be read are named
+                _pack_into(source, final)
         except OSError as e:
             fix = "free space" if e.errno == errno.ENOSPC else "set data.cache_dir to a folder that can be written"
             raise UserError(f"data.cache_dir={cache_dir}: cannot be written ({e.strerror or e}); {fix}") from e
@@ -57,12 +60,15 @@ def pack(source: Source, cache_dir: Path) -> Dataset:
 
 
 def _open(folder: Path) -> Dataset:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy")
-    if len(images) != meta["count"] or len(labels) != meta["count"]:
-        raise UserError(f"{folder}: damaged cache; delete this folder and it is packed anew")
-    return Dataset(meta["name"], images, labels, tuple(meta["label_names"]), meta["digest"])
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy")
+        if not (len(images) == len(labels) == meta["count"] and images.dtype == np.uint8 and images.ndim == 4):
+            raise ValueError("counts differ")
+        return Dataset(meta["name"], images, labels, tuple(meta["label_names"]), meta["digest"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as e:
+        raise UserError(f"{folder}: damaged cache; delete this folder and it is packed anew") from e
 
 
 def _pack_into(source: Source, final: Path) -> None:

@@ -1,0 +1,139 @@
+"""Damaged and hostile inputs, made from a seed: what `test_fuzz.py` feeds, a few by default and thousands in a soak."""
+
+import io
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vgan import checkpoint
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA", "YCbCr", "I;16"]
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+
+
+def picture(rng: random.Random) -> bytes:
+    """A small valid picture of a random kind."""
+    while True:
+        size = (rng.randint(1, 40), rng.randint(1, 40))
+        buffer = io.BytesIO()
+        noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), np.uint8).reshape(size[1], size[0], 3)
+        try:
+            mode = rng.choice(MODES)
+            image = Image.fromarray(noise)
+            image = (image.convert("L") if mode in ("1", "I;16") else image).convert(mode)
+            image.save(buffer, format=rng.choice(FORMATS))
+        except (OSError, ValueError, KeyError):  # that mode cannot be had in that format
+            continue
+        return buffer.getvalue()
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Bytes flipped, cut, doubled, replaced by numbers that are too large."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 6)):
+        if not data:
+            break
+        at = rng.randrange(len(data))
+        kind = rng.randrange(6)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            del data[at : at + rng.randint(1, 50)]
+        elif kind == 3:
+            data[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x00", rng.randbytes(4)])
+        elif kind == 4:
+            data[at:at] = bytes(data[at : at + rng.randint(1, 200)])
+        else:
+            data[at:at] = rng.randbytes(rng.randint(1, 50))
+    return bytes(data)
+
+
+def value(rng: random.Random) -> Any:
+    """Any value of a kind that a checkpoint or a config may hold, likely a bad one."""
+    choices: list[Callable[[], Any]] = [
+        lambda: rng.choice([0, 1, -1, 2**31, 2**63 - 1, -(2**63), 10**30, 17, 3]),
+        lambda: rng.choice([0.0, -1.5, 1e308, float("nan"), float("inf")]),
+        lambda: rng.choice(["", "x", "vgan.models.generator.Generator", "os.system", "\x00", "a" * 999, "${seed}", "{", "1e9"]),
+        lambda: rng.choice([None, True, False]),
+        lambda: [value(rng) for _ in range(rng.randint(0, 3))],
+        lambda: {rng.choice(["_target_", "a", "blocks"]): value(rng)},
+        lambda: torch.zeros(rng.choice([(), (0,), (3,), (2, 2), (1, 1, 1, 1)])),
+        lambda: torch.zeros(1).expand(2**40),
+        lambda: torch.zeros(3, dtype=rng.choice([torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.complex64])),
+    ]
+    return rng.choice(choices)()
+
+
+def changed(parts: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The parts of a checkpoint with one to three of them replaced, removed or added somewhere."""
+
+    def copy(node: Any) -> Any:
+        return {k: copy(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+    parts = copy(parts)
+    for _ in range(rng.randint(1, 3)):
+        node: Any = parts
+        while True:
+            if not node:
+                break
+            key = rng.choice(list(node))
+            if isinstance(node[key], dict) and rng.random() < 0.85:
+                node = node[key]
+                continue
+            if rng.random() < 0.2:
+                del node[key]
+            else:
+                node[key if rng.random() < 0.9 else "new"] = value(rng)
+            break
+    return parts
+
+
+def hostile_checkpoint(path: Path, valid: bytes, parts: dict[str, Any], rng: random.Random) -> None:
+    """One of: damaged bytes; a damaged pickle in a sound zip; changed parts with a right digest; a compressed zip."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        path.write_bytes(damaged(valid, rng))
+        return
+    if kind <= 2:
+        if kind == 2:
+            torch.save({**(broken := changed(parts, rng)), "format": checkpoint.FORMAT, "digest": digest(broken)}, path)
+            return
+        with zipfile.ZipFile(io.BytesIO(valid)) as archive, zipfile.ZipFile(path, "w") as made:
+            for entry in archive.infolist():
+                content = archive.read(entry)
+                is_target = entry.filename.endswith("data.pkl") or rng.random() < 0.02
+                made.writestr(entry.filename, damaged(content, rng) if is_target else content)
+        return
+    if kind == 3:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+            made.writestr("a/data.pkl", b"\x80\x02}." if rng.random() < 0.5 else b"\x00" * 10_000_000)
+            made.writestr("a/version", "3")
+        return
+    torch.save({**(broken := changed(changed(parts, rng), rng)), "format": rng.choice([1, 2]), "digest": digest(broken)}, path)
+
+
+def digest(parts: dict[str, Any]) -> str:
+    """The right digest, where the parts have one that can be worked out."""
+    sizes = [leaf.numel() for leaf in _leaves(parts) if isinstance(leaf, torch.Tensor)]
+    if any(n > 10**8 for n in sizes):
+        return "none"
+    try:
+        return checkpoint.digest(parts)
+    except (ValueError, RuntimeError, TypeError):
+        return "none"
+
+
+def _leaves(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return [leaf for child in node.values() for leaf in _leaves(child)]
+    if isinstance(node, list):
+        return [leaf for child in node for leaf in _leaves(child)]
+    return [node]
