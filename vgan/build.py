@@ -135,7 +135,10 @@ def require_own(node: Mapping[str, Any], name: str, package: str, fix: str) -> N
 def build_generator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
     """The generator that a checkpoint describes, if it is one of vgan's."""
     require_own(model["generator"], "model.generator", "vgan.models", "build yours by hand")
-    return construct(model["generator"], "model.generator", **sizes)
+    try:
+        return construct(model["generator"], "model.generator", **sizes)
+    except hydra.errors.InstantiationException as e:  # the checkpoint's fault, not the user's own class
+        raise UserError(f"model.generator: the checkpoint describes no network ({e.__cause__}); use an intact one") from e
 
 
 def build_optimizer(node: Mapping[str, Any], network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -102,6 +102,10 @@ def _one_line_errors(program: str, schema: type) -> Iterator[None]:
         if "Config group override" not in str(e):
             raise
         _fail(program, usage_line(e, sys.argv[1:], schema), 2)
+    except (TypeError, AttributeError, LookupError, AssertionError) as e:  # Hydra stumbles over such as model=[1,2]
+        if not _is_hydras(e):
+            raise
+        _fail(program, f"{' '.join(sys.argv[1:])}: cannot be understood; give KEY=VALUE, with GROUP=OPTION for groups", 2)
     except KeyboardInterrupt:
         _fail(program, "stopped at once; the same command goes on from the last checkpoint", 130)
     except OSError as e:
@@ -114,6 +118,14 @@ def _one_line_errors(program: str, schema: type) -> Iterator[None]:
     except Stopped as e:
         print(f"{program}: {e.text}")
         raise SystemExit(e.code) from None  # said once, not again further out
+
+
+def _is_hydras(e: BaseException) -> bool:
+    """Whether an exception was raised inside the libraries that read the command line."""
+    at = e.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] in ("hydra", "omegaconf", "antlr4")
 
 
 def _fail(program: str, text: str, code: int) -> None:

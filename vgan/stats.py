@@ -3,6 +3,9 @@
 import contextlib
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,47 @@ class Stats:
         self._counts = dict(state["counts"])
 
 
+class Board:
+    """TensorBoard's event file of a run, written in the thread that asks: a disk that refuses raises OSError here.
+
+    torch's SummaryWriter writes from a thread of its own, which a full disk ends with a traceback. Steps from first_step on that
+    earlier files hold are taken back.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # imports slowly
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = open(run_dir / name, "wb")  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def add(self, name: str, value: float | str | np.ndarray, step: int) -> None:
+        """A number, a text, or a picture (H, W) or (H, W, 3) uint8."""
+        from torch.utils.tensorboard import summary
+
+        if isinstance(value, str):
+            content = summary.text(name, value)
+        elif isinstance(value, np.ndarray):
+            content = summary.image(name, value, dataformats="HW" if value.ndim == 2 else "HWC")
+        else:
+            content = summary.scalar(name, value)
+        self._write(step=step, summary=content)
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Journal:
     """stats.jsonl and the TensorBoard events of a run folder, cut back to cur_nimg where a run goes on from there.
 
@@ -64,7 +108,7 @@ class Journal:
         self._path, self._run_dir = run_dir / "stats.jsonl", run_dir
         self._waiting: list[str] = []
         self._told = False
-        self._board: Any = None
+        self._board: Board | None = None
         if rank() == 0:
             self.cut_back(cur_nimg)
 
@@ -83,9 +127,7 @@ class Journal:
                 if seen <= cur_nimg:
                     kept.append(line + "\n")
             write_atomically(self._path, "".join(kept).encode())
-        from torch.utils.tensorboard import SummaryWriter  # imports slowly
-
-        self._board = SummaryWriter(str(self._run_dir), purge_step=cur_nimg + 1, max_queue=100)
+        self._board = Board(self._run_dir, cur_nimg + 1)
 
     def write(self, cur_nimg: int, values: dict[str, Any]) -> None:
         """One object a tick, and a curve for every number. What is not finite is null there."""
@@ -98,11 +140,9 @@ class Journal:
                 f.write("".join(self._waiting))
             self._waiting = []
         with self._told_once():
+            assert self._board is not None
             for name, value in values.items():
-                if isinstance(value, str):
-                    self._board.add_text(name, value, cur_nimg)
-                else:
-                    self._board.add_scalar(name, value, cur_nimg)
+                self._board.add(name, value, cur_nimg)
             self._board.flush()
 
     def image(self, cur_nimg: int, name: str, path: Path, sheet: np.ndarray) -> None:
@@ -112,7 +152,8 @@ class Journal:
         with self._told_once():
             write_png(path, sheet)
         with self._told_once():
-            self._board.add_image(name, sheet, cur_nimg, dataformats="HW" if sheet.ndim == 2 else "HWC")
+            assert self._board is not None
+            self._board.add(name, sheet, cur_nimg)
 
     @contextlib.contextmanager
     def _told_once(self) -> Iterator[None]:
