@@ -63,6 +63,8 @@ def test_options_build_and_take_a_step(group: str, option: str) -> None:
         "penalty/r2",
         "grad_norm/D",
         "grad_norm/G",
+        "broken/D",
+        "broken/G",
     } == scalars.keys()
 
 
@@ -77,9 +79,11 @@ def test_sizes_build_at_every_resolution_and_take_a_step(size: str) -> None:
             D = build.construct(config["model"]["discriminator"], "model.discriminator", **sizes)
         counts += [sum(p.numel() for p in net.parameters()) for net in (G, D)]
     assert counts[4] > counts[0]
-    one_step(config)
-    if size == "l":
-        assert all(75e6 < n < 95e6 for n in counts[2:4])  # about 80 M each
+    if size != "xl":  # which takes 20 GB and a minute of a CPU
+        one_step(config)
+    if size in ("l", "xl"):
+        about = {"l": 80e6, "xl": 500e6}[size]
+        assert all(0.9 * about < n < 1.15 * about for n in counts[2:4])
 
 
 def fake_set(size: tuple[int, int], attributes: bool) -> type:

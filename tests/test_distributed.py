@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import SLOW, TINY, lines_of
 
-from vgan import checkpoint
+from vgan import checkpoint, load_generator
 from vgan.stopping import RESTART
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed")
@@ -54,6 +54,17 @@ def test_the_number_of_processes_does_not_change_the_run(tmp_path: Path, extra: 
     close(tmp_path / "1", tmp_path / "2", rel=2e-3)
     if not extra:
         close(tmp_path / "1", tmp_path / "4", rel=2e-3)
+
+
+def test_networks_spread_over_processes_train_alike_and_their_checkpoints_load_on_one(tmp_path: Path) -> None:
+    launch(1, tmp_path / "whole")
+    launch(2, tmp_path / "spread", "parallel=fsdp")
+    close(tmp_path / "whole", tmp_path / "spread", rel=2e-3)
+    assert load_generator(tmp_path / "spread", device="cpu")(torch.zeros(1, 64), torch.eye(8)[:1]).shape == (1, 3, 16, 16)
+    launch(1, tmp_path / "moved", "total_kimg=0.032", "schedule_kimg=0.064")
+    out = launch(2, tmp_path / "moved", "schedule_kimg=0.064", "parallel=fsdp", "size.recompute=true")  # moments spread as well
+    assert "from 32 images on" in out
+    close(tmp_path / "whole", tmp_path / "moved", rel=2e-3)
 
 
 def test_a_run_moves_between_numbers_of_processes(tmp_path: Path) -> None:

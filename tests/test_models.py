@@ -215,3 +215,20 @@ def test_attention_fits_every_width() -> None:
         assert channels % heads == 0
         assert heads <= max(1, channels // 64)
     assert [SelfAttention2d(c, c).num_heads for c in (96, 256, 384, 512)] == [1, 4, 6, 8]
+
+
+def test_recomputed_features_give_the_same_gradients() -> None:
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        G = Generator(
+            8, 16, [8, 16, 8], label_dim=2, blocks=2, attention="adaptive", attention_resolutions=[8], recompute=recompute
+        )
+        D = Discriminator(16, [8, 16, 8], label_dim=2, blocks=2, recompute=recompute)
+        c = torch.eye(2)
+        logits, slopes = D.jvp(G(torch.ones(2, 8), c), c, torch.ones(2, 3, 16, 16))
+        (logits.mean() + slopes.square().mean()).backward()
+        grads.append([p.grad for net in (G, D) for p in net.parameters()])
+    for plain, again in zip(*grads):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.equal(plain, again)

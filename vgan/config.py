@@ -47,6 +47,7 @@ class SizeConfig:
     blocks: int = key("residual blocks a stage")
     expansion: int = key("times wider inside a residual block")
     pixel_block: int = key("pixels a side that one finest feature holds: 1, 2 or 4")
+    recompute: bool = key("keep no features inside the layers, work them out again in the backward pass")
     attention_resolutions: list[int] = key("px of the stages that get attention, where the model has it")
 
 
@@ -114,6 +115,7 @@ class TrainConfig:
     compile: str = key("auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton")
     cuda_graphs: bool = key("with compile: replay each graph's kernels in one launch; more memory, for small networks")
     depthwise: str = key("auto, torch or triton: what runs activation and depthwise convolution; triton needs an NVIDIA GPU")
+    parallel: str = key("under torchrun: ddp (whole networks on each device) or fsdp (spread over them, for large ones)")
     deterministic: bool = key("only kernels that repeat bit for bit, on GPUs too; slower")
     threads: int = key("CPU threads for torch; 0 leaves torch's own choice")
     total_kimg: float = key("length of the run in thousands of real images shown")
@@ -190,13 +192,19 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
         raise UserError(f"{name}={value}: {rule}")
 
 
+def _require_nodes(cfg: Any, schema: type, prefix: str = "") -> None:
+    """That what has keys of its own has not become a plain value, as ema=${seed} makes it."""
+    for f in fields(schema):
+        if is_dataclass(f.type) or f.type == dict[str, Any]:
+            name = prefix + f.name
+            require(hasattr(cfg[f.name], "keys"), name, cfg[f.name], "has keys of its own; give them one by one")
+            if is_dataclass(f.type):
+                _require_nodes(cfg[f.name], f.type, f"{name}.")  # type: ignore[arg-type]
+
+
 def validate(cfg: Any) -> None:
     """What the types of a TrainConfig cannot say; raises UserError naming key, value and rule."""
-    for f in fields(TrainConfig):
-        inside = "has keys of its own; give them one by one"
-        require(
-            not (is_dataclass(f.type) or f.type == dict[str, Any]) or hasattr(cfg[f.name], "keys"), f.name, cfg[f.name], inside
-        )
+    _require_nodes(cfg, TrainConfig)
     for name in (
         "total_kimg",
         "batch_size",
@@ -227,6 +235,10 @@ def validate(cfg: Any) -> None:
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
     require(cfg.depthwise in ("auto", "torch", "triton"), "depthwise", cfg.depthwise, "must be auto, torch or triton")
     require(cfg.depthwise != "triton" or cfg.penalty != "exact", "depthwise", "triton", "needs penalty=forward or difference")
+    require(cfg.parallel in ("ddp", "fsdp"), "parallel", cfg.parallel, "must be ddp or fsdp")
+    require(
+        cfg.parallel == "ddp" or cfg.precision != "fp16", "parallel", cfg.parallel, "needs bf16, tf32 or fp32; use ddp for fp16"
+    )
     require(cfg.penalty in PENALTIES, "penalty", cfg.penalty, f"must be one of {', '.join(PENALTIES)}")
     require(
         cfg.gamma in ("schedule", "auto"),

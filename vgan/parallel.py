@@ -1,4 +1,8 @@
-"""One run on several processes: every process takes an equal part of each batch, and gradients are averaged."""
+"""One run on several processes: every process takes an equal part of each batch, and gradients are averaged.
+
+`averaged` keeps whole networks on every process. `shard` spreads parameters, averages and the optimizers' moments over all of
+them (FSDP2, Zhao et al. 2023), for networks that do not fit one GPU; a checkpoint is the same either way.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -6,9 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from vgan.models.layers import ResidualBlock
 from vgan.steps import Recipe
 
 
@@ -42,6 +49,18 @@ class Averaged:
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes in this context keep their gradients to themselves, until one outside it."""
         return self._ddp.no_sync()  # type: ignore[return-value]
+
+
+def shard(network: nn.Module) -> nn.Module:
+    """Spread the parameters over all processes, in place; each residual block is put together only while it works."""
+    network.to(memory_format=torch.contiguous_format)  # FSDP takes no other; features stay channels-last
+    for block in network.modules():
+        if isinstance(block, ResidualBlock):
+            fully_shard(block)
+    fully_shard(network)
+    if hasattr(network, "jvp"):
+        register_fsdp_forward_method(network, "jvp")
+    return network
 
 
 def averaged(recipe: Recipe, G: nn.Module, D: nn.Module) -> Recipe:

@@ -74,6 +74,8 @@ def _compare(run: Run, parts: dict[str, Any]) -> None:
     if parts["data"]["digest"] != run.dataset.digest:
         raise UserError(f"{where}: was trained on other data ({parts['data']['name']}); use another run_dir")
     # a setting that an earlier version did not know had no effect then
+    for node in (before, now):  # how, not what
+        node.pop("model.generator.recompute", None), node.pop("model.discriminator.recompute", None)
     changed = sorted(k for k in now.keys() & before.keys() if before[k] != now[k] and k.split(".")[0] not in _FREE)
     changed += sorted(k for k in now.keys() ^ before.keys() if k.startswith(("model.", "optim.optimizer")))
     for k in changed:

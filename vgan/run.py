@@ -16,6 +16,7 @@ from vgan.distributed import first_on_machine, world_size
 from vgan.ema import ema_copy
 from vgan.losses import RELATIVISTIC
 from vgan.models.layers import fuse_depthwise
+from vgan.parallel import shard
 from vgan.schedules import cosine
 from vgan.stats import Stats
 from vgan.steps import Moment, Recipe, Split, State
@@ -87,12 +88,16 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     if pick_depthwise(config["depthwise"], device) == "triton":
         for network in (G, D):
             fuse_depthwise(network)
+    G_ema = ema_copy(G)
+    if config["parallel"] == "fsdp" and world_size() > 1:
+        for network in (G, D, G_ema):
+            shard(network)
     betas = (optim["beta1"], optim["beta2"]["start"])
     opt_G = build.build_optimizer(optim["optimizer"], G, optim["lr_G"]["start"], betas)
     opt_D = build.build_optimizer(optim["optimizer"], D, optim["lr_D"]["start"], betas)
     scaler_G, scaler_D = (torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2))
     controls = Controls(augment["target"], augment["adapt_kimg"], correct_gamma=config["gamma"] == "auto").to(device)
-    state = State(G, D, ema_copy(G), opt_G, opt_D, scaler_G, scaler_D, controls)
+    state = State(G, D, G_ema, opt_G, opt_D, scaler_G, scaler_D, controls)
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
     identity = {"config": config, "sizes": sizes, "data": data}
     return Run(config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity)

@@ -34,12 +34,39 @@ class State:
     controls: Controls = field(default_factory=Controls)
 
     def parts(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
+        """Whole tensors, also where each process holds a part; every process must come here then."""
+        return {name: _whole(getattr(self, name).state_dict()) for name in self.__dataclass_fields__}
 
     def load_parts(self, parts: dict[str, Any]) -> None:
+        """What `parts` gave, on any number of processes."""
         for name in self.__dataclass_fields__:
-            if parts.get(name):  # empty for a scaler of a run that was not in fp16; older checkpoints have no controls
-                getattr(self, name).load_state_dict(parts[name])
+            if not parts.get(name):  # empty for a scaler of a run that was not in fp16; older checkpoints have no controls
+                continue
+            mine, given = getattr(self, name), parts[name]
+            if isinstance(mine, torch.optim.Optimizer):
+                weights = [p for g in mine.param_groups for p in g["params"]]
+                moments = {i: {k: _as_held(v, weights[i]) for k, v in s.items()} for i, s in given["state"].items()}
+                given = {**given, "state": moments}
+            elif isinstance(mine, nn.Module):
+                held = mine.state_dict()
+                given = {k: _as_held(v, held.get(k)) for k, v in given.items()}
+            mine.load_state_dict(given)
+
+
+def _whole(node: Any) -> Any:
+    """Nested containers with every tensor that is spread over processes put together, in the host's memory."""
+    if isinstance(node, dict):
+        return {k: _whole(v) for k, v in node.items()}
+    return node.full_tensor().cpu() if hasattr(node, "full_tensor") else node
+
+
+def _as_held(value: Any, held: Any) -> Any:
+    """A whole tensor as this process holds one of its shape: its part, where that is spread over processes."""
+    if held is None or not hasattr(held, "placements") or not isinstance(value, Tensor) or value.shape != held.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # imports slowly
+
+    return distribute_tensor(value.to(held.device), held.device_mesh, held.placements)
 
 
 @dataclass(frozen=True)

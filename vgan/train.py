@@ -61,7 +61,7 @@ def _ready(run: Run) -> Run:
     if pick_compile(config["compile"], recipe.device):
         keep_compiled(default_cache_dir() / "compiled")
         recipe = compiled(recipe, config["cuda_graphs"])
-    if world_size() > 1:
+    if world_size() > 1 and config["parallel"] == "ddp":
         recipe = averaged(recipe, run.state.G, run.state.D)
     return replace(run, recipe=recipe)
 

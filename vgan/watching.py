@@ -16,7 +16,7 @@ from vgan.data.feed import Feed
 from vgan.data.store import default_cache_dir
 from vgan.device import autocast
 from vgan.distributed import barrier, print0, rank
-from vgan.drawing import drawing_precision
+from vgan.drawing import drawing_precision, restore_generator
 from vgan.errors import UserError
 from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record, write_nearest
 from vgan.images import enlarge, grid, to_float, to_uint8, zoom_for
@@ -61,7 +61,9 @@ class Judge:
 
     def _evaluate(self, cur_nimg: int, parts: dict[str, Any]) -> dict[str, float]:
         run = self._run
-        result = self._evaluator(run.state.G_ema, self._precision, default_cache_dir())
+        sharded = any(hasattr(p, "placements") for p in run.state.G_ema.parameters())
+        G = restore_generator(parts, self._device) if sharded else run.state.G_ema
+        result = self._evaluator(G, self._precision, default_cache_dir())
         print0(f"\nat {cur_nimg:,} images: {format_values(result.values)}")
         write_nearest(run.run_dir / f"nearest-{cur_nimg:09d}.png", result)
         value = result.values[self._by]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vgan.models.layers import BiasLeakyReLU, ResidualBlock, count_stages, downsample2x, init_conv
+from vgan.models.layers import BiasLeakyReLU, ResidualBlock, count_stages, downsample2x, init_conv, run_layer
 
 
 class Discriminator(nn.Module):
@@ -18,6 +18,8 @@ class Discriminator(nn.Module):
     finer grid. `logits_px` = 1 joins the 4x4 grid into one logit for the whole picture.
 
     pixel_block > 1 starts from squares of that many pixels as channels, at img_resolution / pixel_block.
+
+    recompute: as in `Generator`.
 
     Fully convolutional: other sizes than img_resolution are judged too, with a larger or smaller grid.
 
@@ -39,8 +41,10 @@ class Discriminator(nn.Module):
         logits_px: int = 4,
         embed_dim: int = 64,
         pixel_block: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         stages = count_stages(img_resolution, img_channels, widths, pixel_block)
         if patch_px is not None and not 16 <= patch_px <= img_resolution:
             raise ValueError(f"patch_px={patch_px}: must be from 16 to the image's {img_resolution}, or null for the whole image")
@@ -100,7 +104,7 @@ class Discriminator(nn.Module):
         x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=self.memory_format))
         for i, stage in enumerate(self.stages):
             for block in stage:  # type: ignore[attr-defined]
-                x = block(x, pairs)
+                x = run_layer(block, x, self.recompute, pairs)
             if i < len(self.transitions):
                 x = self.transitions[i](downsample2x(x) if self.shrinks[i] else x)
         x = self.act(x, pairs)

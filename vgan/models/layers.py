@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.2  # slope of every leaky ReLU below zero
 _GAIN = math.sqrt(2 / (1 + LEAK**2))  # keeps the variance through a leaky ReLU (He et al. 2015)
@@ -214,6 +215,13 @@ def fuse_depthwise(network: nn.Module, fused: bool = True) -> None:
     for block in network.modules():
         if isinstance(block, ResidualBlock):
             block.fused = fused
+
+
+def run_layer(layer: nn.Module, x: Tensor, recompute: bool, *arguments: Any) -> Tensor:
+    """layer(x, *arguments), whose inner features are kept for the backward pass or, with recompute, worked out again there."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return layer(x, *arguments)
 
 
 def last_layer(conv: nn.Module) -> nn.Conv2d:
