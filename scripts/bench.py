@@ -40,11 +40,13 @@ from vgan.config import CONFIG_DIR, validate
 from vgan.data.feed import Feed
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
+from vgan.distributed import rank, world_size
 from vgan.drawing import draw, to_host
 from vgan.ema import update_ema
 from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
+from vgan.parallel import averaged
 from vgan.randomness import Streams
 from vgan.run import Run, set_up
 from vgan.steps import Batch, compiled, d_step, g_step, train_step
@@ -106,9 +108,9 @@ class Subject:
 
     def inputs(self) -> tuple[Tensor, Tensor, Streams]:
         """The next batch and its random numbers."""
-        cur_nimg = self.step * self.batch_size
+        cur_nimg, rows = self.step * self.batch_size, self.batch_size // world_size()
         self.step += 1
-        return *self.feed.batch(cur_nimg), Streams(0, cur_nimg, self.batch_size, self.run.recipe.device)
+        return *self.feed.batch(cur_nimg), Streams(0, cur_nimg + rank() * rows, rows, self.run.recipe.device)
 
     def take_step(self) -> None:
         """One whole step, as in the loop."""
@@ -142,7 +144,9 @@ def prepare(overrides: list[str]) -> Subject:
         keep_compiled(default_cache_dir() / "compiled")
         torch._dynamo.reset()
         run = replace(run, recipe=compiled(run.recipe, config["cuda_graphs"]))
-    feed = Feed(run.dataset, config["batch_size"], config["seed"], device)
+    if world_size() > 1 and config["parallel"] == "ddp":
+        run = replace(run, recipe=averaged(run.recipe, run.state.G, run.state.D))
+    feed = Feed(run.dataset, config["batch_size"], config["seed"], device, share=(rank(), world_size()))
     return Subject(run, feed, config["batch_size"], config["loss"]["penalty_every"], nchw)
 
 

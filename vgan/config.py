@@ -6,9 +6,9 @@ what types cannot say. The text behind each key is what `--help` prints.
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-from omegaconf import MISSING
+from omegaconf import MISSING, ListConfig
 
 from vgan.errors import UserError
 
@@ -195,6 +195,8 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
 def _require_nodes(cfg: Any, schema: type, prefix: str = "") -> None:
     """That what has keys of its own has not become a plain value, as ema=${seed} makes it."""
     for f in fields(schema):
+        if get_origin(f.type) is list:
+            require(isinstance(cfg[f.name], (list, ListConfig)), prefix + f.name, cfg[f.name], "must be a list, such as [8,8]")
         if is_dataclass(f.type) or f.type == dict[str, Any]:
             name = prefix + f.name
             require(hasattr(cfg[f.name], "keys"), name, cfg[f.name], "has keys of its own; give them one by one")
