@@ -136,9 +136,8 @@ def main() -> None:
     latency, bytes_per_s = fit(together, n)
     if args.gbps:
         bytes_per_s = args.gbps * 1e9
-    print(
-        f"{n} processes: latency {1e6 * latency:.0f} us, {bytes_per_s / 1e9:.2f} GB/s; batch {batch} in all; torch {torch.__version__}\n"
-    )
+    link = f"latency {1e6 * latency:.0f} us, {bytes_per_s / 1e9:.2f} GB/s"
+    print(f"{n} processes: {link}; batch {batch} in all; torch {torch.__version__}\n")
     print(table(alone, together, n, bytes_per_s, latency))
     print(f"\n{n} processes take {alone[batch] / together['step']:.2f} times as many images a second as one.")
     print(memory(together["G"], together["D"]))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vgan.data.source import Source, check_image_settings
+from vgan.errors import UserError
 from vgan.randomness import integers, uniform
 
 SHAPE_NAMES = ("circle", "square", "triangle", "star", "plus", "ring", "crescent", "heart")
@@ -96,6 +97,10 @@ class Shapes(Source):
 
     def __init__(self, resolution: int = 32, size: int = 50_000, seed: int = 0) -> None:
         check_image_settings(resolution)
+        if size < 2:
+            raise UserError(f"data.size={size}: training needs at least 2 pictures")
+        if seed < 0:
+            raise UserError(f"data.seed={seed}: must be 0 or above")
         self.name, self.img_resolution, self.img_channels = "shapes", resolution, 3
         self.label_names = SHAPE_NAMES
         self._size, self._seed = size, seed
