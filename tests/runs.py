@@ -33,9 +33,9 @@ def start(run_dir: Path, *overrides: str, code: str = SLOW) -> "subprocess.Popen
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def train_in_process(run_dir: Path, *overrides: str) -> None:
+def train_in_process(run_dir: Path, *overrides: str, tiny: list[str] = TINY) -> None:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        train(compose("train", overrides=[*TINY, f"run_dir={run_dir}", *overrides]))
+        train(compose("train", overrides=[*tiny, f"run_dir={run_dir}", *overrides]))
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

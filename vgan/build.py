@@ -8,6 +8,7 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from vgan.augment import Augment
 from vgan.data.source import Dataset, Source
 from vgan.data.store import default_cache_dir, pack
+from vgan.data.stream import Shards
 from vgan.errors import UserError
 from vgan.losses import LOSSES, Loss
 
@@ -97,7 +99,8 @@ def build_dataset(data: Mapping[str, Any]) -> Dataset:
     if not isinstance(source, Source):
         raise UserError(f"data._target_={data['_target_']}: must be a vgan.data.source.Source")
     cache = data.get("cache_dir")
-    return pack(source, Path(cache).expanduser() if cache else default_cache_dir())
+    dataset = pack(source, Path(cache).expanduser() if cache else default_cache_dir())
+    return replace(dataset, stream=source) if isinstance(source, Shards) else dataset
 
 
 def build_networks(model: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> tuple[nn.Module, nn.Module]:

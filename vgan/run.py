@@ -10,9 +10,12 @@ import torch
 from vgan import build
 from vgan.config import require
 from vgan.controls import Controls, usual_gamma
+from vgan.data.feed import Feed
 from vgan.data.source import Dataset
+from vgan.data.store import default_cache_dir
+from vgan.data.stream import StreamFeed
 from vgan.device import pick_depthwise
-from vgan.distributed import first_on_machine, world_size
+from vgan.distributed import first_on_machine, rank, world_size
 from vgan.ema import ema_copy
 from vgan.losses import RELATIVISTIC
 from vgan.models.layers import fuse_depthwise
@@ -75,6 +78,8 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision, config["penalty"], split)
     with first_on_machine():
         dataset = build.build_dataset(config["data"])
+    rule = "pictures of a stream cannot be kept out of training; leave it at 0"
+    require(dataset.stream is None or config["holdout"] == 0, "holdout", config["holdout"], rule)
     ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {k: optim[k] for k in ("lr_G", "lr_D", "beta2")}
     if config["gamma"] == "auto":
         ramps["gamma"] = dict(zip(("start", "end"), usual_gamma(dataset.img_resolution, config["batch_size"])))
@@ -101,6 +106,16 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
     identity = {"config": config, "sizes": sizes, "data": data}
     return Run(config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity)
+
+
+def open_feed(run: Run) -> Feed | StreamFeed:
+    """The batches of a run, or this process's share of them."""
+    config, share = run.config, (rank(), world_size())
+    if run.dataset.stream is None:
+        return Feed(run.dataset, config["batch_size"], config["seed"], run.recipe.device, holdout=config["holdout"], share=share)
+    cache = config["data"].get("cache_dir")
+    cache_dir = Path(cache).expanduser() if cache else default_cache_dir()
+    return StreamFeed(run.dataset, config["batch_size"], config["seed"], run.recipe.device, share, cache_dir)
 
 
 def _rows_of_each_process(batch_size: int) -> int:

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from vgan import checkpoint
 from vgan.config import validate
-from vgan.data.feed import Feed
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
 from vgan.distributed import Agreement, group, print0, rank, world_size
@@ -20,7 +19,7 @@ from vgan.files import own_folder, write_atomically
 from vgan.parallel import averaged
 from vgan.randomness import Streams
 from vgan.resume import go_back, newest_nimg, resume
-from vgan.run import Progress, Run, set_up
+from vgan.run import Progress, Run, open_feed, set_up
 from vgan.schedules import ema_decay
 from vgan.stats import Journal
 from vgan.steps import compiled, train_step
@@ -71,8 +70,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     config, state, recipe = run.config, run.state, run.recipe
     batch_size, total_nimg, ema = config["batch_size"], _total_nimg(config), config["ema"]
     penalty_every, rows = config["loss"]["penalty_every"], batch_size // world_size()
-    feed = Feed(run.dataset, batch_size, config["seed"], recipe.device, holdout=config["holdout"], share=(rank(), world_size()))
-    journal, watch, pictures = Journal(run.run_dir, progress.cur_nimg), Watch(progress.cur_nimg), Pictures(run, feed)
+    feed = open_feed(run)
+    journal, watch, pictures = Journal(run.run_dir, progress.cur_nimg), Watch(progress.cur_nimg), Pictures(run)
     unseen = Unseen(run) if config["holdout"] else None
     writer = CheckpointWriter(config["keep_checkpoints"], lambda failure: print0(f"\n{failure}; training goes on"))
     judge = Judge(run, writer) if config["eval_kimg"] > 0 else None

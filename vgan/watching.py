@@ -12,7 +12,6 @@ except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from vgan import checkpoint
-from vgan.data.feed import Feed
 from vgan.data.store import default_cache_dir
 from vgan.device import autocast
 from vgan.distributed import barrier, print0, rank
@@ -120,10 +119,10 @@ class Watch:
 class Pictures:
     """The grid of fakes from one fixed z each, and the fakes of one class by which a collapse is noticed."""
 
-    def __init__(self, run: Run, feed: Feed) -> None:
+    def __init__(self, run: Run) -> None:
         device, G, label_dim = run.recipe.device, run.state.G, run.dataset.label_dim
         self._run = run
-        self.reals, labels = feed.reals(GRID_PICTURES)
+        self.reals, labels = run.dataset.reals(GRID_PICTURES)
         # with the classes of the reals, so that the two grids compare place by place
         self._c = (
             torch.eye(label_dim)[torch.as_tensor(labels)].to(device) if label_dim else torch.zeros(len(labels), 0).to(device)
@@ -161,11 +160,12 @@ def summary(run: Run, cur_nimg: int) -> str:
     x = torch.zeros(1, data.img_channels, data.img_resolution, data.img_resolution, device=device)
     d_cost = count_multiply_adds(D, x, c)
     classes = f", {data.label_dim} classes" if data.label_dim else ""
+    count = f"{'a stream, of which ' if data.stream else ''}{len(data):,} images{' are packed,' if data.stream else ''}"
     field = getattr(D, "receptive_field_px", None)
     patch = f", each logit sees {min(field, data.img_resolution)} of {data.img_resolution} px" if field else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
     lines = [
-        ("data", f"{data.name}: {len(data):,} images of {data.img_resolution} px, {data.img_channels} channels{classes}"),
+        ("data", f"{data.name}: {count} of {data.img_resolution} px, {data.img_channels} channels{classes}"),
         ("G", f"{count_parameters(G):,} parameters, {g_cost / 1e6:,.1f} M multiply-adds an image"),
         ("D", f"{count_parameters(D):,} parameters, {d_cost / 1e6:,.1f} M multiply-adds an image{patch}"),
         ("device", f"{name}, {run.recipe.precision}"),

@@ -92,16 +92,8 @@ class Feed:
         return real, self._one_hot[labels] if self._dataset.label_dim else real.new_zeros(len(real), 0)
 
     def reals(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first n pictures uint8 (n, C, H, W) and their labels (n,); classes take turns where there are any."""
-        items = np.arange(min(n, len(self._dataset)))
-        if self._dataset.label_dim > 1:
-            nth_of_class = np.zeros(len(self._dataset), dtype=np.int64)
-            for label in range(self._dataset.label_dim):
-                mine = self._dataset.labels == label
-                nth_of_class[mine] = np.arange(mine.sum())
-            items = np.lexsort((self._dataset.labels, nth_of_class))[:n]
-        pixels = torch.from_numpy(np.ascontiguousarray(self._dataset.images[items]))
-        return pixels.permute(0, 3, 1, 2), torch.from_numpy(self._dataset.labels[items])
+        """The first n pictures uint8 (n, C, H, W) and their labels (n,); see `Dataset.reals`."""
+        return self._dataset.reals(n)
 
     def close(self) -> None:
         """End the reading threads, if there are any."""

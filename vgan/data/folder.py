@@ -1,31 +1,20 @@
 """The user's own pictures: a folder, a zip or a .npy."""
 
-import contextlib
 import hashlib
 import io
 import os
-import struct
 import threading
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vgan.data.source import BadImage, Source, check_image_settings, natural_key, to_square_uint8
+from vgan.data.source import FORMATS, UNREADABLE, BadImage, Source, check_image_settings, natural_key, to_square_uint8
 from vgan.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more, one of which runs programs
-MOST_PIXELS, MOST_BYTES = 90_000_000, 300_000_000  # of one picture; Pillow's own limits are twice as many pixels
-_LARGE = threading.Lock()  # large pictures are decoded one at a time
-# All that libraries for pictures, zips and arrays raise on damaged files
-_UNREADABLE = (
-    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, AssertionError,
-    MemoryError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
+MOST_BYTES = 300_000_000  # of one picture
 _RULES = 2  # counts up with every change to how a picture becomes a square, so that packed ones are made anew
 
 
@@ -75,16 +64,12 @@ class Folder(Source):
                 # A JPEG much too large is decoded at 1/2, 1/4 or 1/8 of its size, never below twice what is needed: twice
                 # as fast for 400 px to 64 px, and half a grey level of 255 away on average.
                 image.draft(None, (2 * self.img_resolution, 2 * self.img_resolution))
-            size = image.width * image.height
-            if size > MOST_PIXELS:
-                raise BadImage(name, f"{image.width} x {image.height} pixels, over {MOST_PIXELS / 1e6:.0f} million")
-            with _LARGE if size > MOST_PIXELS / 8 else contextlib.nullcontext():
-                pixels = to_square_uint8(image, self.img_resolution, self.img_channels)
+            pixels = to_square_uint8(image, self.img_resolution, self.img_channels)
         except BadImage:
             raise
         except UnidentifiedImageError as e:
             raise BadImage(name, "not a picture") from e
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             raise BadImage(name, str(e).splitlines()[0] if str(e) else type(e).__name__) from e
         return pixels, int(self._labels[i]) if self._labels is not None else 0
 
@@ -121,7 +106,7 @@ class Folder(Source):
         try:
             with zipfile.ZipFile(self._path) as archive:
                 names = [n for n in archive.namelist() if _is_picture(PurePosixPath(n).name) and "__MACOSX" not in n]
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             raise UserError(f"{self._shown}: not a readable zip ({e}); make it anew or unpack it and give the folder") from e
         return sorted(names, key=natural_key)
 
@@ -130,7 +115,7 @@ class Folder(Source):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray):
                 raise ValueError("several arrays in one file")
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             raise UserError(f"{self._shown}: not a readable .npy ({e}); save it with numpy.save") from e
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
             got = f"{array.dtype} {array.shape}"
@@ -171,7 +156,7 @@ class Folder(Source):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray):
                 raise ValueError("several arrays in one file")
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             reason = "no such file" if not path.exists() else "not a readable .npy"
             raise UserError(f"{shown}: {reason}; give auto, none, folders or an integer .npy (N,)") from e
         if array.shape != (len(self),) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0:

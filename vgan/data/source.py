@@ -1,8 +1,14 @@
 """What every data set offers to the store, and the stated rules that turn any picture into a square of uint8."""
 
+import contextlib
 import re
+import struct
+import threading
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +17,15 @@ from PIL import Image, ImageOps
 from vgan.errors import UserError
 from vgan.randomness import permute
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more, one of which runs programs
+MOST_PIXELS = 90_000_000  # of one picture; Pillow's own limit is twice that
+_LARGE = threading.Lock()  # large pictures are decoded one at a time
+# All that libraries for pictures, zips and arrays raise on damaged files
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, AssertionError,
+    MemoryError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 RESOLUTIONS = (16, 32, 64, 128, 256)
 
 
@@ -54,6 +69,7 @@ class Dataset:
     labels: np.ndarray  # int64 (N,)
     label_names: tuple[str, ...]  # empty: no labels
     digest: str  # sha256 of pixels and labels
+    stream: Any = None  # the vgan.data.stream.Shards of which the images are the first, if there are more
 
     def __len__(self) -> int:
         return len(self.images)
@@ -67,6 +83,18 @@ class Dataset:
         items = np.arange(len(self))
         order = permute(torch.from_numpy(items), len(self), 0, torch.zeros((), dtype=torch.int64)).numpy()
         return np.sort(order[holdout:]), np.sort(order[:holdout])
+
+    def reals(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first n pictures uint8 (n, C, H, W) and their labels (n,); classes take turns where there are any."""
+        items = np.arange(min(n, len(self)))
+        if self.label_dim > 1:
+            nth_of_class = np.zeros(len(self), dtype=np.int64)
+            for label in range(self.label_dim):
+                mine = self.labels == label
+                nth_of_class[mine] = np.arange(mine.sum())
+            items = np.lexsort((self.labels, nth_of_class))[:n]
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images[items]))
+        return pixels.permute(0, 3, 1, 2), torch.from_numpy(self.labels[items])
 
     @property
     def img_resolution(self) -> int:
@@ -105,7 +133,17 @@ def to_square_uint8(image: Image.Image, resolution: int, channels: int, crop: in
     - the largest centred square cut out (or the centred square of `crop` px where that is given and fits);
     - resized with Lanczos' filter, which is antialiased in Pillow: sharp without jagged edges; what is over 3 times too large
       is first averaged down in whole steps.
+
+    Raises ValueError for more than 90 million pixels; large ones are worked on one at a time.
     """
+    size = image.width * image.height
+    if size > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS / 1e6:.0f} million")
+    with _LARGE if size > MOST_PIXELS / 8 else contextlib.nullcontext():
+        return _square(image, resolution, channels, crop)
+
+
+def _square(image: Image.Image, resolution: int, channels: int, crop: int | None) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image, dtype=np.float64)

@@ -45,10 +45,10 @@ def pack(source: Source, cache_dir: Path) -> Dataset:
     each other (the slower one drops its copy) and a killed one leaves nothing that looks finished. Raises UserError
     for fewer than two pictures, for unreadable ones unless source.skip_bad, and where the cache cannot be written.
     """
-    if len(source) < 2:
-        raise UserError(f"data: {source.name} holds {len(source)} picture(s), training needs at least 2; give more pictures")
     final = cache_dir / f"{source.name}-{source.fingerprint()[:16]}"
     if not (final / "meta.json").is_file():
+        if len(source) < 2:
+            raise UserError(f"data: {source.name} holds {len(source)} picture(s), training needs at least 2; give more pictures")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Pillow, about damaged files; those that cannot be read are named
