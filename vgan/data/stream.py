@@ -1,11 +1,13 @@
 """Sets beyond one disk: tar shards, read through the webdataset library while training goes on."""
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import tarfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -200,7 +202,7 @@ class _Counts:
     """How many pictures each shard holds, as far as they were read, kept for the next run."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             self._known: dict[str, int] = {k: int(v) for k, v in known.items()}
@@ -211,9 +213,12 @@ class _Counts:
         return self._known.get(url)
 
     def learn(self, url: str, count: int) -> None:
-        if url not in self._known:
+        with self._lock:
+            if url in self._known:
+                return
             self._known[url] = count
-            write_atomically(self._path, json.dumps(self._known).encode())
+            with contextlib.suppress(UserError):  # a disk that refuses costs some reading next time
+                write_atomically(self._path, json.dumps(self._known).encode())
 
 
 class StreamFeed:
