@@ -27,8 +27,8 @@ def test_without_a_target_nothing_moves() -> None:
 
 
 def test_gamma_leads_to_the_gradient_norm_that_was_meant() -> None:
-    """Where gradients settle so that gamma r = c, the corrected gamma gives r = 0.09 / gamma whatever c is."""
-    for c in (0.05, 0.09, 0.3):
+    """Where gradients settle so that gamma r = c, the corrected gamma gives r = 0.09 / gamma for every c from 0.09 to 0.36."""
+    for c in (0.09, 0.2, 0.3):
         controls, gamma = Controls(correct_gamma=True), 0.2
         assert float(controls.gamma_factor()) == pytest.approx(1)
         for _ in range(200):
@@ -37,6 +37,8 @@ def test_gamma_leads_to_the_gradient_norm_that_was_meant() -> None:
         assert r == pytest.approx(USUAL_PENALTY / gamma, rel=0.01)
     controls.watch_penalty(torch.tensor(1e6), 10**6)
     assert float(controls.gamma_factor()) == pytest.approx(4)  # bounded
+    controls.watch_penalty(torch.tensor(0.01), 10**6)
+    assert float(controls.gamma_factor()) == 1  # never lowered
 
 
 def test_controls_travel_in_checkpoints() -> None:
