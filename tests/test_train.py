@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import assert_same_run, start, train_in_process
 
 from vgan import checkpoint
@@ -125,3 +126,13 @@ def test_held_out_logits_are_watched(tmp_path: Path) -> None:
     for tick in ticks:
         assert tick["logits/gap"] == pytest.approx(tick["logits/trained_on"] - tick["logits/held_out"], abs=1e-6)
     assert ticks[-1]["logits/held_out"] != 0
+
+
+def test_deterministic_kernels_are_asked_for_and_suffice(tmp_path: Path) -> None:
+    try:
+        train_in_process(tmp_path / "a", "deterministic=true", "total_kimg=0.08")
+        assert torch.are_deterministic_algorithms_enabled()
+        train_in_process(tmp_path / "b", "deterministic=true", "total_kimg=0.08")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
