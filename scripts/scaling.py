@@ -95,9 +95,7 @@ def table(alone: dict[int, float], together: dict[str, float], n: int, bytes_per
         least = min(alone)
         compute = alone.get(rows, alone[least] * max(rows / least, 0.5))
         size = 4 * (G + D)
-        exchange = 0.0 if count == 1 else 2 * math.log2(count) * latency + 2 * (count - 1) / count * size / bytes_per_s
-        shown = exchange * min(1.0, BUCKET / size)
-        exposed = max(shown, exchange - compute / 2)
+        exchange, exposed = exposed_seconds(count, size, compute, bytes_per_s, latency)
         step = compute + exposed
         measured = {1: alone[batch], n: together["step"]}.get(count)
         cells = [count, rows, *(f"{1000 * x:.2f}" for x in (compute, exchange, exposed, step)), f"{batch / step:,.0f}"]
@@ -106,12 +104,27 @@ def table(alone: dict[int, float], together: dict[str, float], n: int, bytes_per
     return "\n".join(lines)
 
 
+def exposed_seconds(count: int, size: float, compute: float, bytes_per_s: float, latency: float) -> tuple[float, float]:
+    """The whole exchange of `size` bytes between `count` devices, and what of it the backward passes do not hide."""
+    exchange = 0.0 if count == 1 else 2 * math.log2(count) * latency + 2 * (count - 1) / count * size / bytes_per_s
+    return exchange, max(exchange * min(1.0, BUCKET / size), exchange - compute / 2)
+
+
+def growing(each: float, rows: int, together: dict[str, float], bytes_per_s: float, latency: float) -> str:
+    """Predictions where every device keeps `rows` images a step, which take it `each` seconds."""
+    lines = ["", "| devices | batch | step (ms) | img/s | efficiency |", "|---" * 5 + "|"]
+    for count in COUNTS:
+        step = each + exposed_seconds(count, 4 * (together["G"] + together["D"]), each, bytes_per_s, latency)[1]
+        lines.append(f"| {count} | {count * rows:,} | {1000 * step:.2f} | {count * rows / step:,.0f} | {each / step:.0%} |")
+    return "\n".join(lines)
+
+
 def memory(G: float, D: float) -> str:
     """Bytes that do not depend on the batch: weights and gradients in float32, Adam's two moments, the average."""
     lines = ["", "| devices | parallel=ddp, GB each | parallel=fsdp, GB each |", "|---|---|---|"]
     for count in COUNTS:
         whole = 16 * (G + D) + 4 * G
-        lines.append(f"| {count} | {whole / 1e9:.2f} | {whole / count / 1e9:.2f} + the largest block |")
+        lines.append(f"| {count} | {whole / 1e9:.3g} | {whole / count / 1e9:.3g} + the largest block |")
     return "\n".join(lines)
 
 
@@ -140,6 +153,7 @@ def main() -> None:
     print(f"{n} processes: {link}; batch {batch} in all; torch {torch.__version__}\n")
     print(table(alone, together, n, bytes_per_s, latency))
     print(f"\n{n} processes take {alone[batch] / together['step']:.2f} times as many images a second as one.")
+    print(growing(alone[batch // n], batch // n, together, bytes_per_s, latency))
     print(memory(together["G"], together["D"]))
 
 
