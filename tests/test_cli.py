@@ -190,7 +190,7 @@ def test_console_scripts_exist_and_compose_without_training(tmp_path: Path) -> N
         ("data=folder", "data.path: must be given"),
         ("batch_size=", "batch_size"),
         ("size.g_widths=5", "g_widths"),
-        ("size=3", "size=3: no such option; use one of l, m, s, xs"),
+        ("size=3", "size=3: no such option; use one of l, m, s, xl, xs"),
         ("loss.gamma=3", "loss.gamma=3: has two ends; give loss.gamma.start and loss.gamma.end"),
         ("nonsense", "nonsense: cannot be understood; give KEY=VALUE"),
     ],
