@@ -42,4 +42,4 @@ class StopRequest:
     def _ask(self, number: int, frame: object) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            signal.signal(number, self._before[number])
+            signal.signal(number, signal.default_int_handler)  # also where the shell had it ignored
