@@ -9,12 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
 from vgan import checkpoint
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA", "YCbCr", "I;16"]
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+# What a checkpoint may hold: plain values and tensors under names and numbers, nested; hypothesis shrinks what fails.
+TENSORS = st.builds(
+    lambda dtype, values, shape: torch.tensor(values[:4] * 3, dtype=torch.float32).to(dtype).reshape(shape),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]),
+    st.lists(st.integers(0, 100), min_size=4, max_size=4),
+    st.sampled_from([(12,), (3, 4), (2, 1, 6), (1, 3, 2, 2)]),
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=["Cs"])) | TENSORS
+KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.integers()
+TREES = st.recursive(LEAVES, lambda node: st.lists(node, max_size=4) | st.dictionaries(KEYS, node, max_size=4), max_leaves=16)
 
 
 def picture(rng: random.Random) -> bytes:

@@ -127,3 +127,30 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> Non
     assert done.returncode != 0
     assert "batch_size=7: must be a multiple of the 2 processes; try 6" in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.soak
+def test_the_script_for_slurm_saves_and_asks_for_its_place_again(tmp_path: Path) -> None:
+    """The real script and torchrun, with stand-ins for the two commands of SLURM."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho localhost\n')
+    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for name in ("srun", "scontrol", "torchrun"):
+        (tmp_path / name).chmod(0o755)
+    script = Path(__file__).resolve().parent.parent / "scripts" / "train.slurm"
+    place = {"SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "77", "PORT": "29713"}
+    long = [*TINY, *CHEAP, "total_kimg=500", f"run_dir={tmp_path / 'r'}"]
+    environment = {**os.environ, **place, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", str(script), *long], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r").is_dir() or not checkpoint.all_checkpoints(tmp_path / "r"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    out = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 0, out
+    assert "requeue 77" in (tmp_path / "asked").read_text()
+    reached = lines_of(tmp_path / "r" / "stats.jsonl")[-1]["cur_nimg"]
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] >= reached  # saved on leaving
+    assert "the same command" in out, out
