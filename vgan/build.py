@@ -137,11 +137,20 @@ def require_own(node: Mapping[str, Any], name: str, package: str, fix: str) -> N
 
 def build_generator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
     """The generator that a checkpoint describes, if it is one of vgan's."""
-    require_own(model["generator"], "model.generator", "vgan.models", "build yours by hand")
+    return _build_own(model["generator"], "model.generator", sizes)
+
+
+def build_discriminator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
+    """The discriminator that a checkpoint describes, if it is one of vgan's."""
+    return _build_own(model["discriminator"], "model.discriminator", sizes)
+
+
+def _build_own(node: Mapping[str, Any], name: str, sizes: Mapping[str, int]) -> nn.Module:
+    require_own(node, name, "vgan.models", "build yours by hand")
     try:
-        return construct(model["generator"], "model.generator", **sizes)
+        return construct(node, name, **sizes)
     except hydra.errors.InstantiationException as e:  # the checkpoint's fault, not the user's own class
-        raise UserError(f"model.generator: the checkpoint describes no network ({e.__cause__}); use an intact one") from e
+        raise UserError(f"{name}: the checkpoint describes no network ({e.__cause__}); use an intact one") from e
 
 
 def build_optimizer(node: Mapping[str, Any], network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

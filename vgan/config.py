@@ -19,6 +19,8 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PENALTIES = ("forward", "exact", "difference")
 METRICS = ("fid", "kid", "is", "pr", "diversity", "classes", "copies")
+MOTIONS = ("interpolate", "classes", "walk")
+SHOWN = ("pictures", "attention", "patches")
 BEST_BY = ("fid", "kid", "is", "precision", "recall")
 
 
@@ -148,11 +150,25 @@ class SampleConfig:
     """Everything that vgan-sample reads."""
 
     ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
-    n: int = key("how many pictures")
-    seed: int = key("the pictures follow from it")
-    label: str | None = key("class by number or name; null takes all classes in turn")
+    n: int | None = key("how many pictures; null: 64, or what suits motion and show")
+    seed: int = key("a series of pictures that follows from it")
+    seeds: Any = key("which of the series, by number: 7, 0-15 or [0-15,40]; null: the first n")
+    label: Any = key("class by number or name, or several in turn: [cat,dog]; null: picture i has class i modulo their number")
     truncation: float = key("1 is the model as trained; towards 0 pictures get cleaner and less varied")
-    out: str = key("a .png file for one grid, or a folder for single files")
+    out: str = key(
+        "ends in .png: one grid; .npy or .zip: single pictures; .gif, .webp or .mp4: a film; else a folder of PNG files"
+    )
+    motion: str | None = key("interpolate (through the pictures), classes (one picture through the labels) or walk (at random)")
+    frames: int = key("of a film, from one picture to the next")
+    fps: float = key("frames a second of a film")
+    loop: bool = key("the film ends where it begins")
+    tiles: int = key("films side by side in one")
+    show: str = key("pictures, attention (where the generator looks) or patches (what looks fake to the discriminator)")
+    query: list[int] | None = key(
+        "show=attention: [row,column] of the pixel that looks; null: the one that attention changed most"
+    )
+    columns: int | None = key("of a grid; null: as many as make it nearly square")
+    zoom: int | None = key("times larger in grids and films; null: at least 64 px a picture")
     batch_size: int = key("pictures a pass")
     device: str = key("auto, cpu, cuda, cuda:1, mps")
     precision: str = key("auto, fp32, tf32, bf16 or fp16; auto is fp32 on a CPU and bf16 on GPUs that multiply it fast")
@@ -290,8 +306,15 @@ def validate_eval(cfg: Any) -> None:
 
 def validate_sample(cfg: Any) -> None:
     """What the types of a SampleConfig cannot say; raises UserError naming key, value and rule."""
-    require(cfg.n > 0, "n", cfg.n, "must be above 0")
-    require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "must be above 0")
+    for name in ("n", "columns", "zoom"):
+        require(cfg[name] is None or cfg[name] > 0, name, cfg[name], "must be above 0, or null")
+    for name in ("batch_size", "frames", "tiles"):
+        require(cfg[name] > 0, name, cfg[name], "must be above 0")
     require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
     require(0 <= cfg.truncation <= 1, "truncation", cfg.truncation, "must be from 0 to 1")
+    require(1 <= cfg.fps <= 100, "fps", cfg.fps, "must be from 1 to 100")
+    require(cfg.motion in (None, *MOTIONS), "motion", cfg.motion, f"must be one of {', '.join(MOTIONS)}, or null")
+    require(cfg.show in SHOWN, "show", cfg.show, f"must be one of {', '.join(SHOWN)}")
+    require(cfg.show == "pictures" or cfg.motion is None, "show", cfg.show, "goes with motion=null")
+    require(cfg.query is None or cfg.show == "attention", "query", cfg.query, "goes with show=attention")

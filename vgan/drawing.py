@@ -1,6 +1,6 @@
 """From a checkpoint to a generator, and from a generator to pictures."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,44 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
     return restore_generator(checkpoint.load_newest(ckpt)[1], pick_device(device))
 
 
+def load_discriminator(ckpt: str | Path, device: str = "auto") -> nn.Module:
+    """The discriminator of a checkpoint, as `load_generator` its generator.
+
+    D(x (N, C, H, W) in [-1, 1], c (N, label_dim) one-hot) -> logits (N, 1, h, w). Raises UserError as `load_generator`.
+    """
+    return restore_discriminator(checkpoint.load_newest(ckpt)[1], pick_device(device))
+
+
 def restore_generator(parts: dict[str, Any], device: torch.device) -> nn.Module:
     """The same from the parts of a checkpoint, which may say anything: memory is taken for the weights that it holds alone."""
+    G = _restore(parts, "generator", "G_ema", build.build_generator)
+    try:
+        G.label_names = tuple(map(str, parts["data"]["labels"]))  # type: ignore[assignment]
+    except (TypeError, LookupError) as e:
+        raise UserError(f"ckpt: names no classes ({e}); use an intact one") from e
+    return G.to(device).to(memory_format=torch.channels_last)
+
+
+def restore_discriminator(parts: dict[str, Any], device: torch.device) -> nn.Module:
+    """Likewise the discriminator."""
+    return _restore(parts, "discriminator", "D", build.build_discriminator).to(device).to(memory_format=torch.channels_last)
+
+
+def _restore(parts: dict[str, Any], kind: str, key: str, make: Callable[[Any, Any], nn.Module]) -> nn.Module:
     fix = "ckpt: its weights do not fit the network it describes ({}); use an intact one"
     try:
-        model, sizes, weights, names = parts["config"]["model"], parts["sizes"], parts["G_ema"], parts["data"]["labels"]
-        _refuse_giants(model["generator"], len(weights))
+        model, sizes, weights = parts["config"]["model"], parts["sizes"], parts[key]
+        _refuse_giants(model[kind], len(weights))
         with torch.device("meta"):  # shapes without memory
-            G = build.build_generator(model, sizes)
-        G.load_state_dict(weights, assign=True)
-        G.label_names = tuple(map(str, names))  # type: ignore[assignment]
+            network = make(model, sizes)
+        network.load_state_dict(weights, assign=True)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
         raise UserError(fix.format(str(e).splitlines()[0] if str(e) else type(e).__name__)) from e
-    if any(not isinstance(w, Tensor) or w.is_meta for w in G.state_dict().values()):
+    if any(not isinstance(w, Tensor) or w.is_meta for w in network.state_dict().values()):
         raise UserError(fix.format("some are missing"))
-    return G.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def _refuse_giants(node: Any, weights: int) -> None:
@@ -57,14 +78,13 @@ def drawing_precision(name: str, device: torch.device) -> str:
     return "fp32" if name == "auto" and device.type == "cpu" else pick_precision(name, device)
 
 
-@torch.no_grad()
-def draw(
-    G: nn.Module, index: Tensor, seed: int, label: int | Tensor | None = None, truncation: float = 1.0, precision: str = "fp32"
-) -> Tensor:
-    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone.
+def latents(
+    G: nn.Module, index: Tensor, seed: int, label: int | Tensor | None = None, truncation: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """z (N, G.z_dim) and one-hot c (N, G.label_dim) of pictures number `index` (N,) of a seed, on G's device.
 
     label: one class for all, one for each (N,), or None for class i modulo their number for picture i. truncation scales z
-    towards its mean, 0.
+    towards 0. There the first layer's input (z, class embedding) is at its mean for that class.
     """
     device = next(G.parameters()).device
     index = index.to(device)
@@ -74,8 +94,24 @@ def draw(
     else:
         classes = torch.as_tensor(label, device=device).expand(len(index))
     c = torch.nn.functional.one_hot(classes, G.label_dim).float() if G.label_dim else z.new_zeros(len(z), 0)  # type: ignore[arg-type]
-    with autocast(device, precision):
+    return z, c
+
+
+@torch.no_grad()
+def render(G: nn.Module, z: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
+    """uint8 (N, C, H, W) on G's device from z (N, z_dim) and c (N, label_dim)."""
+    with autocast(z.device, precision):
         return to_uint8(G(z, c))
+
+
+def draw(
+    G: nn.Module, index: Tensor, seed: int, label: int | Tensor | None = None, truncation: float = 1.0, precision: str = "fp32"
+) -> Tensor:
+    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone.
+
+    label and truncation as in `latents`.
+    """
+    return render(G, *latents(G, index, seed, label, truncation), precision)
 
 
 def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vgan import build, checkpoint
 from vgan.config import validate_eval
+from vgan.console import progress_bar
 from vgan.data.source import Dataset
 from vgan.data.store import default_cache_dir
 from vgan.device import pick_device, prepare_process
@@ -211,7 +211,7 @@ class Evaluator:
     @torch.no_grad()
     def _collect(self, batches: Iterator[Tensor], n: int, what: str) -> tuple[Tensor, Tensor | None]:
         features, logits = [], []
-        with tqdm(total=n, desc=f"features of {what}", unit="img", delay=2, leave=False) as bar, full_precision():
+        with progress_bar(n, f"features of {what}") as bar, full_precision():
             for images in batches:
                 f, y = self._extractor(images)
                 features.append(f)

@@ -19,7 +19,11 @@ The same command again resumes the run."""
 SAMPLE_INTRO = """vgan-sample: make pictures with a trained model.
 
   vgan-sample ckpt=outputs/mine n=64 seed=0 out=grid.png
-  vgan-sample ckpt=outputs/mine n=1000 out=pictures/"""
+  vgan-sample ckpt=outputs/mine n=1000 out=pictures/               or pictures.zip, pictures.npy
+  vgan-sample ckpt=outputs/mine seeds=[0-15,40] label=[cat,dog] truncation=0.7
+  vgan-sample ckpt=outputs/mine motion=interpolate seeds=[3,7,9] out=way.gif
+  vgan-sample ckpt=outputs/mine motion=walk tiles=16 out=walk.mp4
+  vgan-sample ckpt=outputs/mine show=attention out=attention.png"""
 
 
 EVAL_INTRO = """vgan-eval: how far a model's pictures lie from the data, by a stated protocol.

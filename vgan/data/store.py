@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from vgan.console import progress_bar
 from vgan.data.source import BadImage, Dataset, Source
 from vgan.distributed import print0
 from vgan.errors import UserError
@@ -139,7 +139,7 @@ def _read_all(source: Source) -> Iterator[tuple[np.ndarray, int] | BadImage]:
 
     threads = os.cpu_count() or 1
     ahead: deque[Future[tuple[np.ndarray, int] | BadImage]] = deque()
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source), desc="packing", unit="img", delay=1) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress_bar(len(source), "packing", delay=1) as bar:
         try:
             for i in range(len(source) + 16 * threads):
                 if i < len(source):

@@ -100,20 +100,32 @@ class Discriminator(nn.Module):
         value, tangent = logits.chunk(2)
         return value, tangent
 
+    def logit_map(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """What each place adds to the verdict: (N, h, w). For a patch its logit; of one logit for the whole picture the sixteen
+        terms that it is the sum of, without the bias."""
+        h = self._features(x, pairs=False)
+        if self.pool is None:
+            return self._logits(h, c, pairs=False)[:, 0]
+        assert self.to_logit.bias is not None
+        return (self._logits(h * self.pool.weight[:, 0].to(h.dtype), c, pairs=False) - self.to_logit.bias.float())[:, 0]
+
     def _run(self, x: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
-        x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=self.memory_format))
-        for i, stage in enumerate(self.stages):
-            for block in stage:  # type: ignore[attr-defined]
-                x = run_layer(block, x, self.recompute, pairs)
-            if i < len(self.transitions):
-                x = self.transitions[i](downsample2x(x) if self.shrinks[i] else x)
-        x = self.act(x, pairs)
+        x = self._features(x, pairs)
         if self.pool is not None and x.shape[2:] == self.pool.weight.shape[2:]:
             # the convolution has a single output pixel: as a sum its backward took 0.1 instead of 1 ms on a CPU
             x = (x * self.pool.weight[:, 0].to(x.dtype)).sum((2, 3), keepdim=True)
         elif self.pool is not None:
             x = self.pool(x)
         return self._logits(x, c, pairs)
+
+    def _features(self, x: Tensor, pairs: bool) -> Tensor:
+        x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=self.memory_format))
+        for i, stage in enumerate(self.stages):
+            for block in stage:  # type: ignore[attr-defined]
+                x = run_layer(block, x, self.recompute, pairs)
+            if i < len(self.transitions):
+                x = self.transitions[i](downsample2x(x) if self.shrinks[i] else x)
+        return self.act(x, pairs)
 
     def _logits(self, h: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
         """Features (N or 2 N, width, h, w) -> logits; the bias belongs to values, not to tangents."""

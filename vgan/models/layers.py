@@ -299,12 +299,22 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        qkv = self.to_qkv(x).flatten(2).transpose(1, 2)  # (N, H W, 3 C)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, c // self.num_heads)).permute(2, 0, 3, 1, 4)  # (N, heads, H W, d)
-        q, k = (F.rms_norm(t, t.shape[-1:]) for t in (q, k))  # autocast may make these float32
-        y = _attend((q * self.query_gain).to(v.dtype), k.to(v.dtype), v)
+        q, k, v = self._queries_keys_values(x)
+        y = _attend(q, k, v)
         y = y.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)  # channels-last, as it came in
         return self.to_out(y)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Where each position looks: (N, heads, H W, H W), rows of positive numbers with sum 1; not for training."""
+        q, k, _ = self._queries_keys_values(x)
+        return ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(-1)
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (N, heads, H W, d)."""
+        qkv = self.to_qkv(x).flatten(2).transpose(1, 2)  # (N, H W, 3 C)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (F.rms_norm(t, t.shape[-1:]) for t in (q, k))  # autocast may make these float32
+        return (q * self.query_gain).to(v.dtype), k.to(v.dtype), v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -342,5 +352,9 @@ class AdaptiveAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         looked = self.attention(x)
-        gate = self.to_gate(x).tanh().repeat_interleave(looked.shape[1] // self.to_gate.out_channels, dim=1)
+        gate = self.gates(x).repeat_interleave(looked.shape[1] // self.to_gate.out_channels, dim=1)
         return self.project(x) * (1 + gate * looked)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """How far each position is open to its attention: (N, groups of channels, H, W) in (-1, 1)."""
+        return self.to_gate(x).tanh()
