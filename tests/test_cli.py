@@ -79,7 +79,7 @@ def test_train_writes_the_run_folder_then_is_complete_then_samples(run: Cli, tmp
     folder = tmp_path / "outputs" / "mine"
     names = {p.name for p in folder.iterdir() if "tfevents" not in p.name}
     assert names == {
-        ".lock", "config.yaml", "stats.jsonl", "reals.png", "fakes-000000016.png", "fakes-000000032.png",
+        ".lock", "config.yaml", "starts.jsonl", "stats.jsonl", "reals.png", "fakes-000000016.png", "fakes-000000032.png",
         "checkpoint-000000016.pt", "checkpoint-000000032.pt",
     }  # fmt: skip
     assert list(folder.glob("events.out.tfevents.*"))

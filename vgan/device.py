@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not mps:
         raise UserError(f"device={name}: this machine has no Apple GPU that torch can use; leave device=auto")
     return device
+
+
+def hardware(device: torch.device) -> str:
+    """What the device is called by its maker, and on a CPU how many threads work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, table = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if table.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", table.read_text(errors="replace"), re.M)):
+        name = found[1]
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name}, {device.type}"
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -1,5 +1,7 @@
 """vgan-train's room: set up, resume, loop."""
 
+import contextlib
+import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision
 from vgan.distributed import Agreement, group, print0, rank, world_size
 from vgan.ema import update_ema
 from vgan.errors import UserError
-from vgan.files import own_folder, write_atomically
+from vgan.files import append_line, own_folder, write_atomically
 from vgan.parallel import averaged
 from vgan.randomness import Streams
 from vgan.resume import go_back, newest_nimg, resume
@@ -25,7 +27,7 @@ from vgan.stats import Journal
 from vgan.steps import compiled, train_step
 from vgan.stopping import Stopped, StopRequest
 from vgan.watchdog import Watchdog
-from vgan.watching import Judge, Pictures, Unseen, Watch, sheet_of, summary
+from vgan.watching import Judge, Pictures, Unseen, Watch, sheet_of, start_record, summary
 from vgan.writer import CheckpointWriter
 
 
@@ -49,7 +51,7 @@ def train(cfg: DictConfig) -> Path:
         with own_folder(run.run_dir), StopRequest() as stop:
             progress = resume(run)
             print0(summary(run, progress.cur_nimg))
-            _start_folder(run.run_dir, config)
+            _start_folder(run, progress.cur_nimg)
             loop(_ready(run), progress, stop)
     return run.run_dir
 
@@ -154,12 +156,16 @@ def _total_nimg(config: dict[str, Any]) -> int:
     return round(config["total_kimg"] * 1000)
 
 
-def _start_folder(run_dir: Path, config: dict[str, Any]) -> None:
-    """Make the folder and write config.yaml, unless it says the same already."""
-    text = OmegaConf.to_yaml(OmegaConf.create(config)).encode()
-    path = run_dir / "config.yaml"
-    if rank() == 0 and (not path.is_file() or path.read_bytes() != text):
+def _start_folder(run: Run, cur_nimg: int) -> None:
+    """Make the folder, write config.yaml unless it says the same already, and add a line to starts.jsonl."""
+    text = OmegaConf.to_yaml(OmegaConf.create(run.config)).encode()
+    path = run.run_dir / "config.yaml"
+    if rank() != 0:
+        return
+    if not path.is_file() or path.read_bytes() != text:
         write_atomically(path, text)
+    with contextlib.suppress(UserError):  # a full disk keeps no run from going on
+        append_line(run.run_dir / "starts.jsonl", json.dumps(start_record(run, cur_nimg)))
 
 
 def _next_commands(run_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
+import vgan
 from vgan import checkpoint
 from vgan.data.store import default_cache_dir
-from vgan.device import autocast
-from vgan.distributed import barrier, print0, rank
+from vgan.device import autocast, hardware
+from vgan.distributed import barrier, print0, rank, world_size
 from vgan.drawing import drawing_precision, restore_generator
 from vgan.errors import UserError
 from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record, write_nearest
@@ -149,6 +151,21 @@ class Pictures:
 def sheet_of(images: torch.Tensor) -> Any:
     """A grid of pictures as (H, W) or (H, W, 3) uint8, small ones enlarged."""
     return enlarge(grid(images), zoom_for(images.shape[-1]))
+
+
+def start_record(run: Run, cur_nimg: int) -> dict[str, Any]:
+    """What a run was started with, each time: versions, device, sizes. config.yaml says what it was told, this what it found."""
+    state, data, world = run.state, run.dataset, world_size()
+    return {
+        "cur_nimg": cur_nimg,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "vgan": vgan.__version__,
+        "torch": str(torch.__version__),
+        "device": (f"{world} x " if world > 1 else "") + hardware(run.recipe.device),
+        "precision": run.recipe.precision,
+        "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
+        "data": {"images": len(data), "digest": data.digest, **run.identity["sizes"]},
+    }
 
 
 def summary(run: Run, cur_nimg: int) -> str:
