@@ -11,6 +11,7 @@ FLOORS = [
     {"config", "console", "device", "files", "images", "kernels", "randomness", "stopping"},
     {
         "augment",
+        "charts",
         "controls",
         "data",
         "ema",
@@ -20,20 +21,21 @@ FLOORS = [
         "motion",
         "movies",
         "penalties",
+        "reproduce",
         "schedules",
         "watchdog",
     },
     {"build", "checkpoint", "features", "stats", "steps", "usage"},
-    {"attention", "drawing", "parallel", "writer"},
+    {"attention", "drawing", "parallel", "runlog", "writer"},
     {"evaluate", "run"},
     {"resume", "watching"},
-    {"sample", "train"},
+    {"report", "sample", "train"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import
 ALLOWED = {
     "hydra": {"build", "cli"},
-    "omegaconf": {"config", "build", "cli", "evaluate", "sample", "train"},
+    "omegaconf": {"config", "build", "cli", "evaluate", "report", "sample", "train"},
     "tensorboard": {"stats"},
 }
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -12,18 +13,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan.config import CONFIG_DIR, EvalConfig, SampleConfig, TrainConfig
+from vgan.config import CONFIG_DIR, EvalConfig, ReportConfig, SampleConfig, TrainConfig
 from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped
-from vgan.usage import EVAL_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
+from vgan.usage import EVAL_INTRO, REPORT_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
 
 _STORE = ConfigStore.instance()
 _STORE.store(name="train_schema", node=TrainConfig)
 _STORE.store(name="sample_schema", node=SampleConfig)
 _STORE.store(name="eval_schema", node=EvalConfig)
+_STORE.store(name="report_schema", node=ReportConfig)
 
 
 def train_main() -> None:
@@ -39,6 +41,11 @@ def sample_main() -> None:
 def eval_main() -> None:
     """vgan-eval"""
     _open("vgan-eval", EvalConfig, _evaluate, EVAL_INTRO)
+
+
+def report_main() -> None:
+    """vgan-report"""
+    _open("vgan-report", ReportConfig, _report, REPORT_INTRO)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -73,6 +80,23 @@ def _evaluate(cfg: DictConfig) -> None:
 
     with _one_line_errors("vgan-eval", EvalConfig):
         evaluate(cfg)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="report")
+def _report(cfg: DictConfig) -> None:
+    from vgan.report import report
+
+    with _one_line_errors("vgan-report", ReportConfig):
+        report(cfg, compose_train)
+
+
+def compose_train(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """vgan-train's config with these overrides, and the same with its interpolations. Raises ValueError where there is none."""
+    try:
+        cfg = hydra.compose("train", overrides)
+        return OmegaConf.to_container(cfg, resolve=True), OmegaConf.to_container(cfg)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ValueError(str(e)) from e
 
 
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:

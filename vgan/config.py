@@ -191,6 +191,14 @@ class EvalConfig:
     precision: str = key("of drawing: auto, fp32, tf32, bf16 or fp16; features are always worked out in fp32")
 
 
+@dataclass
+class ReportConfig:
+    """Everything that vgan-report reads."""
+
+    run: Any = key("a run folder, or several to compare: [a,b]")
+    out: str | None = key("the .html file; null: report.html, in the run folder of one run, here for several")
+
+
 def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
     """(key, explanation) for every explained key of a schema, nested ones too, in their order."""
     pairs = []

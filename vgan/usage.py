@@ -32,6 +32,11 @@ EVAL_INTRO = """vgan-eval: how far a model's pictures lie from the data, by a st
   vgan-eval ckpt=[outputs/a,outputs/b] n=10000 repeats=3
   vgan-eval ckpt=outputs/mine features=learned         where Inception's weights cannot be had"""
 
+REPORT_INTRO = """vgan-report: a page about a run, or about several side by side, in one file that needs no network.
+
+  vgan-report run=outputs/mine                         writes outputs/mine/report.html
+  vgan-report run=[outputs/a,outputs/b] out=compared.html"""
+
 
 def help_text(schema: type, intro: str) -> str:
     """The text of --help: groups with their options, then every key; all read from where they are defined."""
