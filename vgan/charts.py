@@ -32,7 +32,7 @@ def thin(x: Sequence[float], y: Sequence[float | None], most: int = MOST_POINTS)
     return [x[min(i + step, len(x)) - 1] for i in range(0, len(x), step)], thinned
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """The multiples of 1, 2 or 5 times a power of ten from low to high, at most `most` + 1 of them."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -88,7 +88,7 @@ def chart(title: str, curves: Sequence[Curve], events: Sequence[float] = ()) -> 
     for y in log_ticks(low, high) if log else ticks(low, high):
         parts.append(f'<path class="rule" d="M{LEFT} {at_y(y):.1f}H{RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 3.5:.1f}" text-anchor="end">{label(y)}</text>')
-    for x in ticks(x_low, x_high, 6):
+    for x in ticks(x_low, x_high):
         anchor = "end" if at_x(x) > RIGHT - 8 else "middle"
         parts.append(f'<text x="{at_x(x):.1f}" y="{BOTTOM + 15}" text-anchor="{anchor}">{label(x)}</text>')
     parts += [f'<path class="event" d="M{at_x(x):.1f} {TOP}V{BOTTOM}"/>' for x in events if x_low <= x <= x_high]
@@ -104,7 +104,8 @@ def chart(title: str, curves: Sequence[Curve], events: Sequence[float] = ()) -> 
     values = "".join(f'<span class="key c{c.colour}"><i></i>{escape(c.name)} <output>{_last(c)}</output></span>' for c in curves)
     return (
         f'<figure class="chart" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f'<figcaption><b>{escape(title)}</b><span class="at">{label(x_high)} kimg</span><span class="keys">{values}</span></figcaption>'
+        f'<figcaption><b>{escape(title)}</b><span class="at">{label(x_high)} kimg</span>'
+        f'<span class="keys">{values}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)} over thousands of images">'
         f'{"".join(parts)}<text x="{(LEFT + RIGHT) // 2}" y="{HEIGHT - 1}" text-anchor="middle">kimg</text>'
         f'<g class="cursor"></g></svg></figure>'

@@ -45,7 +45,8 @@ def hardware(device: torch.device) -> str:
     name, table = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if table.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", table.read_text(errors="replace"), re.M)):
         name = found[1]
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name}, {device.type}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else f"{name}, {device.type}"
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -33,17 +33,17 @@ _SIDE = 16_383  # px: WebP knows no larger pictures
 CHARTS = {
     "Losses": {"D": "loss/D", "G": "loss/G"},
     "Logits": {"reals": "logits/real", "fakes": "logits/fake"},
-    "Logits of pictures trained on and kept out": {"trained on": "logits/trained_on", "kept out": "logits/held_out"},
-    "Certainty of D (mean sign of the logits)": {"reals": "logits/real_sign"},
+    "Logits of reals, by D's training": {"trained on": "logits/trained_on", "kept out": "logits/held_out"},
+    "Certainty of D": {"mean sign of its logits": "logits/real_sign"},
     "Gradient penalties": {"R1": "penalty/r1", "R2": "penalty/r2"},
     "Gradient norms": {"D": "grad_norm/D", "G": "grad_norm/G"},
-    "Diversity of fakes, against reals": {"diversity": "diversity"},
+    "Diversity of fakes": {"share of the reals'": "diversity"},
     "Probability of augmentation": {"p": "augment_p"},
     "Strength of the penalties": {"gamma": "gamma"},
     "Learning rates": {"G": "lr_G", "D": "lr_D"},
     "Scale of gradients (fp16)": {"G": "scale/G", "D": "scale/D"},
     "Speed (img/s)": {"img/s": "speed/img_per_s"},
-    "Share of the time spent waiting": {"for data": "speed/waiting_for_data", "for checkpoints": "speed/waiting_for_checkpoints"},
+    "Waiting (% of the time)": {"for data": "speed/waiting_for_data", "for checkpoints": "speed/waiting_for_checkpoints"},
     "Peak memory (GB)": {"memory": "memory/peak_gb"},
 }
 
@@ -54,10 +54,9 @@ def report(cfg: DictConfig, compose: Compose) -> Path:
     compose: vgan-train's config from overrides, for the command that reproduces a run. Raises UserError, before anything is
     written, for what is no run, and where the page cannot be written.
     """
-    given = OmegaConf.to_container(cfg.run) if OmegaConf.is_list(cfg.run) else [cfg.run]
-    out = _out_path(cfg.out, given)
-    names = _names(given)
-    logs = [read_run(folder, name) for folder, name in zip(given, names)]
+    folders = _folders(cfg.run)
+    out, names = _out_path(cfg.out, folders), _names(folders)
+    logs = [read_run(folder, name) for folder, name in zip(folders, names)]
     page = render(logs, compose).encode("utf-8", "replace")  # half a surrogate pair, in a name
     write_atomically(out, page)
     for log in logs:
@@ -67,26 +66,32 @@ def report(cfg: DictConfig, compose: Compose) -> Path:
     return out
 
 
-def _out_path(out: str | None, given: Any) -> Path:
-    runs = f"run={given[0] if len(given) == 1 else given}"
-    if not given or not all(isinstance(folder, (str, int, float)) for folder in given):
-        raise UserError(f"{runs}: must be a run folder, or several as [a,b]")
+def _folders(run: Any) -> list[str]:
+    """What run= names, as a list."""
+    given = OmegaConf.to_container(run) if OmegaConf.is_config(run) else [run]
+    told = f"run={given[0] if isinstance(given, list) and len(given) == 1 else given}"
+    if not isinstance(given, list) or not given or not all(isinstance(folder, (str, int, float)) for folder in given):
+        raise UserError(f"{told}: must be a run folder, or several as [a,b]")
     if len(given) > MOST_RUNS:
-        raise UserError(f"{runs}: has {len(given)} runs; compare at most {MOST_RUNS}")
-    given[:] = map(str, given)
-    if len({Path(folder).expanduser().resolve() for folder in given}) < len(given):
-        raise UserError(f"{runs}: names a run twice; leave one out")
+        raise UserError(f"{told}: has {len(given)} runs; compare at most {MOST_RUNS}")
+    folders = [str(folder) for folder in given]
+    if len({Path(folder).expanduser().resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{told}: names a run twice; leave one out")
+    return folders
+
+
+def _out_path(out: str | None, folders: Sequence[str]) -> Path:
     if out is None:
-        return Path(given[0]).expanduser() / "report.html" if len(given) == 1 else Path("report.html")
+        return Path(folders[0]).expanduser() / "report.html" if len(folders) == 1 else Path("report.html")
     if Path(out).suffix.lower() != ".html":
         raise UserError(f"out={out}: unknown kind {Path(out).suffix or 'of file'}; give a name ending in .html")
     return Path(out).expanduser()
 
 
-def _names(given: Sequence[str]) -> list[str]:
+def _names(folders: Sequence[str]) -> list[str]:
     """The folders' own names where these tell them apart, else the paths."""
-    names = [Path(folder).expanduser().resolve().name or folder for folder in given]
-    return names if len(set(names)) == len(names) else list(given)
+    names = [Path(folder).expanduser().resolve().name or folder for folder in folders]
+    return names if len(set(names)) == len(names) else list(folders)
 
 
 def render(logs: Sequence[RunLog], compose: Compose) -> str:
@@ -136,10 +141,9 @@ def _facts(log: RunLog) -> dict[str, str]:
     """What the run is in a few words each, not escaped."""
     start = log.starts[-1] if log.starts else {}
     told = "not recorded"
-    data, parameters = (start.get(name) if isinstance(start.get(name), dict) else {} for name in ("data", "parameters"))
-    sizes = [number(parameters, half) for half in "GD"]  # type: ignore[arg-type]
-    px, images, classes = (number(data, name) for name in ("img_resolution", "images", "label_dim"))  # type: ignore[arg-type]
-    px = number(log.config.get("data") or {}, "resolution") if px is None else px
+    sizes = [number(start.get("parameters"), half) for half in "GD"]
+    px, images, classes = (number(start.get("data"), name) for name in ("img_resolution", "images", "label_dim"))
+    px = px or number(log.config.get("data"), "resolution")
     pictures = str(log.setting("data.name"))
     pictures += f", {px:.0f} px" if px else ""
     pictures += f", {images:,.0f} pictures" if images else ""
@@ -255,9 +259,10 @@ def _viewer(log: RunLog, grids: Sequence[tuple[int, str]]) -> str:
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="Time">'
         f"<output>{grids[-1][0] / 1000:,.1f} kimg</output></div>"
     )
-    fakes = f'<figure class="viewer"><figcaption>Fakes</figcaption><div class="frames">{frames}</div>{controls if last else ""}</figure>'
+    fakes = f'<figcaption>Fakes</figcaption><div class="frames">{frames}</div>{controls if last else ""}'
     reals = _reals(log)
-    return f'<div class="grids">{fakes}{_figure("Reals", reals, "real pictures") if reals else ""}</div>'
+    beside = _figure("Reals", reals, "real pictures") if reals else ""
+    return f'<div class="grids"><figure class="viewer">{fakes}</figure>{beside}</div>'
 
 
 def _figure(caption: str, image: str, alt: str) -> str:
@@ -280,18 +285,29 @@ def _final_grids(logs: Sequence[RunLog], grids: Sequence[Sequence[tuple[int, str
 
 
 def _curves(logs: Sequence[RunLog]) -> str:
-    """One chart for each pair of statistics, or for each statistic where several runs share it."""
+    """One chart for each group of statistics, or for each statistic where several runs share it."""
     figures = []
     for title, names in CHARTS.items():
         if len(logs) == 1:
-            events = [nimg / 1000 for nimg, _ in logs[0].faults]
-            curves = [Curve(name, *logs[0].curve(key), i) for i, (name, key) in enumerate(names.items())]
-            figures.append(chart(title, [c for c in curves if c.x], events))
+            curves = [_curve(name, logs[0], key, i) for i, (name, key) in enumerate(names.items())]
+            figures.append(chart(title, list(filter(_says_something, curves)), [nimg / 1000 for nimg, _ in logs[0].faults]))
             continue
         for name, key in names.items():
-            curves = [Curve(log.name, *log.curve(key), i) for i, log in enumerate(logs)]
-            figures.append(chart(title if len(names) == 1 else f"{title}: {name}", [c for c in curves if c.x]))
+            curves = [_curve(log.name, log, key, i) for i, log in enumerate(logs)]
+            full_title = title if len(names) == 1 else f"{title}: {name}"
+            figures.append(chart(full_title, curves) if any(map(_says_something, curves)) else "")
     return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _curve(name: str, log: RunLog, key: str, colour: int) -> Curve:
+    x, y = log.curve(key)
+    percent = 100 if key.startswith("speed/waiting") else 1
+    return Curve(name, x, [None if v is None else percent * v for v in y], colour)
+
+
+def _says_something(curve: Curve) -> bool:
+    """Not, where it has no points or is 0 throughout: what was not in use."""
+    return any(v != 0 for v in curve.y)
 
 
 def _quality(logs: Sequence[RunLog]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class RunLog:
         if self.starts:
             return [(s["cur_nimg"], f"{s.get('time')}, {s.get('device')}, vgan {s.get('vgan')}") for s in self.starts[1:]]
         laps = [(int(tick["cur_nimg"]), number(tick, "speed/session_s") or 0.0) for tick in self.ticks]
-        return [(nimg, "seen in its statistics") for (nimg, s), (_, next_s) in zip(laps, laps[1:]) if next_s < s]
+        return [(nimg, "seen in its statistics") for (nimg, s), (_, next_s) in pairwise(laps) if next_s < s]
 
     @property
     def seconds(self) -> float:
@@ -60,9 +61,9 @@ class RunLog:
         return [tick["cur_nimg"] / 1000 for tick in found], [number(tick, name) for tick in found]
 
 
-def number(line: dict[str, Any], name: str) -> float | None:
-    """The finite number of that name; None for anything else."""
-    value = line.get(name)
+def number(line: Any, name: str) -> float | None:
+    """The finite number of that name in an object; None for anything else."""
+    value = line.get(name) if isinstance(line, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
