@@ -47,19 +47,16 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A short number: 0.25, 40k, 3e-4."""
+    """A short number: 0.25, 40k, 3e-4. report.js has the same."""
     size = abs(value)
     if size < 1e-12:
         return "0"
     if size < 1e-3 or size >= 1e9:
-        digits, power = f"{value:.3g}" if size >= 1 else f"{value:.2e}", ""
-        if "e" in digits:
-            digits, power = digits.split("e")
-            return f"{float(digits):g}e{int(power)}"
-    for unit, name in ((1e6, "M"), (1e3, "k")):
-        if size >= 10 * unit or (size >= unit and value % unit == 0):
-            return f"{value / unit:.4g}{name}"
-    return f"{value:.4g}"
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    if size >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    return f"{value / 1e3:.4g}k" if size >= 1e4 or (size >= 1e3 and value % 1e3 == 0) else f"{value:.4g}"
 
 
 def chart(title: str, curves: Sequence[Curve], events: Sequence[float] = ()) -> str:

@@ -12,6 +12,7 @@ from vgan.config import CONFIG_DIR
 # overrides of vgan-train -> the config, and the same with the interpolations in it; raises ValueError for what does not compose
 Compose = Callable[[list[str]], tuple[dict[str, Any], dict[str, Any]]]
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:@%+-]*")
+_TOLD_BY = {"data": "name", "model": "name", "size": "name", "loss": "name", "augment": "name", "features": "_target_"}
 _OTHER_TYPES = ("true", "false", "null", "inf", "nan")
 
 
@@ -24,46 +25,43 @@ def flat(node: Any, name: str = "") -> dict[str, Any]:
 
 def command(config: dict[str, Any], run_dir: str, compose: Compose) -> str | None:
     """'vgan-train data=shapes loss=hinge ... run_dir=...' for the shell, or None where no overrides give this config."""
-    wanted = {k: v for k, v in flat(config).items() if k != "run_dir"}
-
-    def composed(overrides: list[str]) -> dict[str, Any]:
-        return {k: v for k, v in flat(compose(overrides)[0]).items() if k != "run_dir"}
-
+    wanted = _but_run_dir(flat(config))
     try:
-        overrides = _groups(config)
-        written = flat(compose(overrides)[1])
+        overrides = [f"data={_option('data', config)}"]
+        brought = compose(overrides)[0]  # a data set chooses some options of other groups
+        for group in _TOLD_BY:
+            if group != "data" and (option := _option(group, config)) != _option(group, brought):
+                overrides.append(f"{group}={option}")
+        resolved, written = map(flat, compose(overrides))
         # what is worked out from other values comes right by itself once those are given; if not, the second round gives it
         for follows_too in (False, True):
-            now = composed(overrides)
+            now = _but_run_dir(resolved)
             for name in sorted(now.keys() | wanted.keys()):
-                if name in now and name in wanted and now[name] == wanted[name]:
-                    continue
-                if follows_too or "${" not in str(written.get(name)):
+                differs = name not in now or name not in wanted or now[name] != wanted[name]
+                if differs and (follows_too or "${" not in str(written.get(name))):
                     overrides.append(_override(name, wanted, name in written))
-        if composed(overrides) != wanted:
+            if now != wanted:
+                resolved = flat(compose(overrides)[0])
+        if _but_run_dir(resolved) != wanted:
             return None
-        for group in _groups(config)[1:]:  # the data set brings some of them
-            shorter = [o for o in overrides if o != group]
-            overrides = shorter if composed(shorter) == wanted else overrides
         return " ".join(["vgan-train", *map(shlex.quote, [*overrides, f"run_dir={_value(run_dir)}"])])
     except ValueError:
         return None
 
 
-def _groups(config: dict[str, Any]) -> list[str]:
-    """GROUP=OPTION for what the config's nodes are called; raises ValueError for one that is not vgan's."""
-    chosen = []
-    for group, told_by in (*((g, "name") for g in ("data", "model", "size", "loss", "augment")), ("features", "_target_")):
-        node = config.get(group)
-        for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
-            option = yaml.safe_load(path.read_text(encoding="utf-8"))
-            option = option[group] if group == "data" else option
-            if isinstance(node, dict) and option.get(told_by) == node.get(told_by):
-                chosen.append(f"{group}={path.stem}")
-                break
-        else:
-            raise ValueError(group)
-    return chosen
+def _but_run_dir(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != "run_dir"}
+
+
+def _option(group: str, config: dict[str, Any]) -> str:
+    """The option of a group that a config's node came from; raises ValueError for one that is not vgan's."""
+    node, told_by = config.get(group), _TOLD_BY[group]
+    for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
+        option = yaml.safe_load(path.read_text(encoding="utf-8"))
+        option = option.get(group, option)  # in a file for the whole config, as a data set's
+        if isinstance(node, dict) and option.get(told_by) == node.get(told_by):
+            return path.stem
+    raise ValueError(group)
 
 
 def _override(name: str, wanted: dict[str, Any], known: bool) -> str:

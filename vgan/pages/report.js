@@ -36,15 +36,14 @@ for (const viewer of document.querySelectorAll(".viewer")) {
   });
 }
 
-// Charts: the legend follows the pointer, or the arrow keys.
+// Charts: the legend follows the pointer, or the arrow keys. Numbers look as in charts.label.
 const label = (value) => {
   if (value === null) return "not finite";
-  const size = Math.abs(value);
-  if (size >= 1e9 || (size < 1e-3 && size >= 1e-12)) return value.toExponential(2).replace("e+", "e").replace(/\.?0+e/, "e");
-  for (const [unit, name] of [[1e6, "M"], [1e3, "k"]]) {
-    if (size >= 10 * unit) return Number((value / unit).toPrecision(4)) + name;
-  }
-  return String(Number(value.toPrecision(4)));
+  const size = Math.abs(value), short = (v) => String(Number(v.toPrecision(4)));
+  if (size < 1e-12) return "0";
+  if (size < 1e-3 || size >= 1e9) return value.toExponential(2).replace("e+", "e").replace(/\.?0+e/, "e");
+  if (size >= 1e6) return `${short(value / 1e6)}M`;
+  return size >= 1e4 || (size >= 1e3 && value % 1e3 === 0) ? `${short(value / 1e3)}k` : short(value);
 };
 for (const chart of document.querySelectorAll(".chart")) {
   const { left, top, right, bottom, width, x, y, log, curves } = JSON.parse(chart.dataset.chart);
