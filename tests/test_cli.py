@@ -120,6 +120,9 @@ def test_a_longer_run_goes_on_and_the_newest_checkpoints_stay(run: Cli, tmp_path
     assert "from 32 images on" in out
     names = sorted(p.name for p in (tmp_path / "r").glob("checkpoint-*"))
     assert names == ["checkpoint-000000048.pt", "checkpoint-000000064.pt"]
+    starts = [json.loads(line) for line in (tmp_path / "r" / "starts.jsonl").read_text().splitlines()]
+    assert [start["cur_nimg"] for start in starts] == [0, 32]
+    assert starts[1]["data"]["images"] == 64
 
 
 @pytest.mark.parametrize("model", ["plain", "conv", "sep", "attn", "adaptive"])

@@ -64,11 +64,11 @@ def chart(title: str, curves: Sequence[Curve], events: Sequence[float] = ()) -> 
 
     Everything in it is escaped. events: x of dashed lines. Empty without a finite value.
     """
-    curves = [Curve(c.name, *thin(c.x, c.y), c.colour) for c in curves]
+    curves = [Curve(c.name, *thin(c.x, c.y), c.colour) for c in curves if c.x]
     shown = [v for c in curves for v in c.y if v is not None]
     if not shown:
         return ""
-    x_low, x_high = min(c.x[0] for c in curves if c.x), max(c.x[-1] for c in curves if c.x)
+    x_low, x_high = min(c.x[0] for c in curves), max(c.x[-1] for c in curves)
     x_low = 0.0 if x_low < x_high / 4 else x_low
     if x_high <= x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -225,19 +226,27 @@ def _embedded(path: Path, notes: list[str]) -> str | None:
     """src, width and height of a PNG file as a data URI, as WebP where that is smaller; None, with a note, if it is not one."""
     try:
         content = path.read_bytes()
+        smaller, width, height = _as_webp(content)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        notes.append(f"{path.name} left out, as it cannot be read")
+        return None
+    kind, content = ("webp", smaller) if 0 < len(smaller) < len(content) else ("png", content)
+    return f'src="data:image/{kind};base64,{base64.b64encode(content).decode()}" width="{width}" height="{height}"'
+
+
+def _as_webp(content: bytes) -> tuple[bytes, int, int]:
+    """A PNG as WebP, empty where that has no room for it; width and height in px. Raises what Pillow does for a damaged one."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pictures that are too large; what counts is said below
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             width, height = image.size
             if width * height > _MOST_PIXELS:
                 raise ValueError("too large")
-            kind, smaller = "png", io.BytesIO()
-            if max(width, height) <= _SIDE:
-                image.convert("RGB").save(smaller, "WEBP", quality=90, method=4)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        notes.append(f"{path.name} left out, as it cannot be read")
-        return None
-    if 0 < len(smaller.getvalue()) < len(content):
-        kind, content = "webp", smaller.getvalue()
-    return f'src="data:image/{kind};base64,{base64.b64encode(content).decode()}" width="{width}" height="{height}"'
+            pixels = image.convert("RGB")
+    if max(width, height) <= _SIDE:
+        pixels.save(buffer, "WEBP", quality=90, method=4)
+    return buffer.getvalue(), width, height
 
 
 def _reals(log: RunLog) -> str:
@@ -286,6 +295,7 @@ def _final_grids(logs: Sequence[RunLog], grids: Sequence[Sequence[tuple[int, str
 
 def _curves(logs: Sequence[RunLog]) -> str:
     """One chart for each group of statistics, or for each statistic where several runs share it."""
+    told = "<p class=note>Dashed lines: where the watchdog went back to.</p>" if len(logs) == 1 and logs[0].faults else ""
     figures = []
     for title, names in CHARTS.items():
         if len(logs) == 1:
@@ -296,7 +306,7 @@ def _curves(logs: Sequence[RunLog]) -> str:
             curves = [_curve(log.name, log, key, i) for i, log in enumerate(logs)]
             full_title = title if len(names) == 1 else f"{title}: {name}"
             figures.append(chart(full_title, curves) if any(map(_says_something, curves)) else "")
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return f'{told}<div class="charts">{"".join(figures)}</div>'
 
 
 def _curve(name: str, log: RunLog, key: str, colour: int) -> Curve:
@@ -371,15 +381,17 @@ def _metrics_of_several(logs: Sequence[RunLog], records: Sequence[Sequence[dict[
 
 
 def _metric_charts(logs: Sequence[RunLog], records: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """A chart for each metric that was measured more than once; of several evaluations at one place the newest counts."""
+    """A chart for each metric that moved; of several evaluations at one place the newest counts."""
     figures = []
     for name in _measured([r for of_run in records for r in of_run]):
         curves = []
         for i, of_run in enumerate(records):
             values = {r["cur_nimg"] / 1000: number(r, name) for r in of_run if name in r}
             if values:
-                curves.append(Curve(logs[i].name if len(logs) > 1 else name, list(values), list(values.values()), i))
-        if any(len(c.x) > 1 for c in curves):
+                curves.append(
+                    Curve(logs[i].name if len(logs) > 1 else name.replace("_", " "), list(values), list(values.values()), i)
+                )
+        if len({v for c in curves for v in c.y}) > 1 and any(len(c.x) > 1 for c in curves):
             figures.append(chart(name.replace("_", " "), curves))
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
