@@ -1,13 +1,16 @@
 """The command line as a user meets it: what works, and one clear line for what cannot."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,10 +298,33 @@ def test_checkpoint_of_another_model_or_of_other_data_is_refused(run: Cli, tmp_p
     assert "use another run_dir" in line
     other = message(*run.train(*TINY, "run_dir=r", "optim.optimizer._target_=torch.optim.AdamW"))
     assert "optim.optimizer._target_ was torch.optim.Adam, is now torch.optim.AdamW" in other
-    assert "other data" in message(*run.train(*TINY, "run_dir=r", "data.seed=9"))
+    assert "other data (data.seed was 0, is 9)" in message(*run.train(*TINY, "run_dir=r", "data.seed=9"))
     assert contents(tmp_path / "r") == before
     torch.save({"anything": 1}, tmp_path / "x.pt")
     assert "not a vgan checkpoint" in message(*run.sample("ckpt=x.pt", "device=cpu"))
+
+
+@pytest.mark.parametrize("swallowed", [None, ValueError("cannot parse the header"), RecursionError(), ImportError("numpy")])
+def test_ctrl_c_before_the_first_step_is_not_lost(run: Cli, monkeypatch: pytest.MonkeyPatch, swallowed: Exception | None) -> None:
+    """What imports modules or reads files may swallow the exception, or raise another in its place."""
+    real = vgan.train.set_up
+
+    def interrupted(*args: Any) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if swallowed:
+            raise swallowed
+        return real(*args)
+
+    monkeypatch.setattr(vgan.train, "set_up", interrupted)
+    assert message(*run.train(*TINY, "run_dir=r"), expect_code=130) == "vgan-train: stopped at once"
+    assert not Path("r/stats.jsonl").exists()
+
+
+def test_keys_of_other_programs_are_understood(run: Cli) -> None:
+    assert "did you mean total_kimg?" in message(*run.train("minutes=1"), expect_code=2)
+    assert "did you mean label?" in message(*run.sample("class=3"), expect_code=2)
+    assert "did you mean" not in message(*run.sample("epochs=3"), expect_code=2)
 
 
 def test_changed_settings_are_shown(run: Cli) -> None:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vgan.config import CONFIG_DIR, EvalConfig, ReportConfig, SampleConfig, TrainConfig
 from vgan.errors import UserError, is_out_of_memory
-from vgan.stopping import Stopped
+from vgan.stopping import Stopped, remember_interrupts, was_interrupted, was_training
 from vgan.usage import EVAL_INTRO, REPORT_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
 
 _STORE = ConfigStore.instance()
@@ -106,6 +106,7 @@ def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> N
         print(help_text(schema, intro))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here
+    remember_interrupts()
     with _one_line_errors(program, schema):
         room()
 
@@ -123,20 +124,20 @@ def _one_line_errors(program: str, schema: type) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as e:
         _fail(program, usage_line(e, sys.argv[1:], schema), 2)
     except ValueError as e:  # Hydra's own, for a group that is given a number
-        if "Config group override" not in str(e):
+        if "Config group override" not in str(e) and not was_interrupted():
             raise
         _fail(program, usage_line(e, sys.argv[1:], schema), 2)
     except (TypeError, AttributeError, LookupError, AssertionError) as e:  # Hydra stumbles over such as model=[1,2]
-        if not _is_hydras(e):
+        if not _is_hydras(e) and not was_interrupted():
             raise
         _fail(program, f"{' '.join(sys.argv[1:])}: cannot be understood; give KEY=VALUE, with GROUP=OPTION for groups", 2)
     except KeyboardInterrupt:
-        _fail(program, "stopped at once; the same command goes on from the last checkpoint", 130)
+        _fail(program, "stopped", 130)
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""
         _fail(program, f"{place}{e.strerror or e}; free space or choose another folder, then the same command goes on", 1)
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
+    except (MemoryError, RuntimeError, ImportError, SystemError) as e:
+        if not is_out_of_memory(e) and not was_interrupted():
             raise
         _fail(program, "out of memory; try a smaller batch_size, size=s or size=xs, or a lower data.resolution", 1)
     except Stopped as e:
@@ -153,5 +154,7 @@ def _is_hydras(e: BaseException) -> bool:
 
 
 def _fail(program: str, text: str, code: int) -> None:
+    if code == 130 or was_interrupted():  # what else went wrong followed from it
+        code, text = 130, "stopped at once" + ("; the same command goes on from the last checkpoint" if was_training() else "")
     print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)

@@ -293,7 +293,8 @@ def validate(cfg: Any) -> None:
     }
     for name, (ramp, low, high) in bounds.items():
         for end in ("start", "end"):
-            require(low <= ramp[end] <= high, f"{name}.{end}", ramp[end], f"must be from {low} to {high:g}")
+            rule = f"must be from {low} to {high:g}" if high < 1e9 else f"must be {low} or above"
+            require(low <= ramp[end] <= high, f"{name}.{end}", ramp[end], rule)
 
 
 def _validate_judge(cfg: Any, prefix: str) -> None:

@@ -13,10 +13,10 @@ from vgan.run import Progress, Run, set_up
 from vgan.stopping import GaveUp
 from vgan.watchdog import NEXT
 
-# Settings that say where, how long and how often, not what is learned: they change on resume without a word.
+# Settings that say where and how often, not what is learned: they change on resume without a word.
 _FREE = (
-    "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "threads", "total_kimg", "tick_kimg",
-    "deterministic", "snapshot_kimg", "checkpoint_kimg", "checkpoint_minutes", "keep_checkpoints", "schedule_kimg", "data",
+    "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "threads", "tick_kimg",
+    "deterministic", "snapshot_kimg", "checkpoint_kimg", "checkpoint_minutes", "keep_checkpoints", "data",
     "eval_kimg", "eval", "features", "watchdog", "batch_gpu", "parallel",
 )  # fmt: skip
 DAMAGED, REJECTED = "damaged-", "rejected-"  # what is put before the name of a checkpoint that is not used again
@@ -72,7 +72,9 @@ def _compare(run: Run, parts: dict[str, Any]) -> None:
     """Refuse what would spoil the run, and print what else has changed."""
     before, now, where = _flat(parts["config"]), _flat(run.config), f"run_dir={run.run_dir}"
     if parts["data"]["digest"] != run.dataset.digest:
-        raise UserError(f"{where}: was trained on other data ({parts['data']['name']}); use another run_dir")
+        told = [f"{k} was {before.get(k)}, is {now.get(k)}" for k in now if k.startswith("data.") and now[k] != before.get(k)]
+        what = "; ".join(told) or f"the pictures of {parts['data']['name']} were others"
+        raise UserError(f"{where}: was trained on other data ({what}); use another run_dir")
     # a setting that an earlier version did not know had no effect then
     for node in (before, now):  # how, not what
         node.pop("model.generator.recompute", None), node.pop("model.discriminator.recompute", None)

@@ -11,6 +11,32 @@ RESTART = 75  # the exit code of a run that was stopped and saved: EX_TEMPFAIL o
 _ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
+_seen: set[str] = set()  # of "Ctrl-C" and "training", in this process
+
+
+def remember_interrupts() -> None:
+    """Let a Ctrl-C be known, beside raising KeyboardInterrupt: imports and readers of files may swallow the exception."""
+    _seen.clear()
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _remember):  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _remember)
+
+
+def _remember(number: int, frame: Any) -> None:
+    _seen.add("Ctrl-C")
+    signal.default_int_handler(number, frame)
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed since `remember_interrupts`, other than to ask a run for a stop."""
+    return "Ctrl-C" in _seen
+
+
+def was_training() -> bool:
+    """Whether a run had begun."""
+    return "training" in _seen
+
+
 class Stopped(SystemExit):
     """A run that was asked to stop and has saved; the exit code asks for the same command again."""
 
@@ -31,6 +57,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        if was_interrupted():
+            raise KeyboardInterrupt
+        _seen.add("training")
         if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
             self._before = {s: signal.signal(s, self._ask) for s in _ASKING}
         return self

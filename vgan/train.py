@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from vgan import checkpoint
 from vgan.config import validate
+from vgan.console import TrainingBar
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
 from vgan.distributed import Agreement, group, print0, rank, world_size
@@ -80,10 +80,7 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     watchdog, agree = Watchdog(config["watchdog"]["most_penalty"], config["watchdog"]["least_diversity"]), Agreement(2)
     if progress.cur_nimg == 0:
         journal.image(0, "reals", run.run_dir / "reals.png", sheet_of(pictures.reals))
-    bar = tqdm(
-        total=total_nimg, initial=progress.cur_nimg, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05,
-        disable=rank() != 0,
-    )  # fmt: skip
+    bar = TrainingBar(total_nimg, progress.cur_nimg, silent=rank() != 0)
     stopping = False
     try:
         while progress.cur_nimg < total_nimg and not stopping:
@@ -119,7 +116,7 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
                 knobs = asdict(now) | {"gamma": now.gamma * float(state.controls.gamma_factor())}
                 knobs |= {"augment_p": float(state.controls.augment_p)} if state.controls.target is not None else {}
                 journal.write(cur_nimg, means | knobs | watch.lap(cur_nimg, feed.waited_s, writer.stalled_s, recipe.device))
-                bar.set_postfix_str(" ".join(f"{k} {means[f'loss/{k}']:.3f}" for k in "DG"))
+                bar.tick({k: means[f"loss/{k}"] for k in "DG"})
             if last or due(config["snapshot_kimg"], before, cur_nimg):
                 journal.image(cur_nimg, "fakes", run.run_dir / f"fakes-{cur_nimg:09d}.png", sheet_of(pictures.fakes()))
             if save:

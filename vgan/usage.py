@@ -38,6 +38,14 @@ REPORT_INTRO = """vgan-report: a page about a run, or about several side by side
   vgan-report run=[outputs/a,outputs/b] out=compared.html"""
 
 
+# What other programs call it.
+_ELSEWHERE = {
+    "class": "label", "classes": "label", "trunc": "truncation", "minutes": "total_kimg", "epochs": "total_kimg",
+    "kimg": "total_kimg", "steps": "total_kimg", "batch": "batch_size", "resolution": "data.resolution", "path": "data.path",
+    "outdir": "run_dir", "lr": "optim.lr_G.start", "workers": "threads", "gpus": "device", "network": "ckpt",
+}  # fmt: skip
+
+
 def help_text(schema: type, intro: str) -> str:
     """The text of --help: groups with their options, then every key; all read from where they are defined."""
     parts = [intro, ""]
@@ -81,6 +89,8 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
         if "Config group override" in text and (CONFIG_DIR / name).is_dir():
             return _no_such_option(name, value) if schema is TrainConfig else f"{override}: unknown key {name}"
         if name in text and ("not in struct" in text or "not in" in text or "No match in the defaults" in text):
+            if _ELSEWHERE.get(name, "").partition(".")[0] in _known_keys(schema):
+                return f"{override}: unknown key {name}; did you mean {_ELSEWHERE[name]}?"
             close = difflib.get_close_matches(name, _known_keys(schema), 1, 0.6)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys, --cfg job the nested ones"
             return f"{override}: unknown key {name}; {hint}"
