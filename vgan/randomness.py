@@ -41,11 +41,11 @@ def _stream_id(stream: str) -> int:
 def words(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
     """(N, n) int64 of uniform 32-bit words for images `index` (N,) int64."""
     blocks = torch.arange(math.ceil(n / 4), device=index.device)
-    shape = (len(index), len(blocks))
+    shape = (index.shape[0], len(blocks))  # not len(): an exporter would take it for a constant
     i = index[:, None].expand(shape)
     counter = (i & _MASK, (i >> 32) & _MASK, blocks[None].expand(shape), torch.full_like(i, _stream_id(stream)))
     out = torch.stack(_philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=2)
-    return out.reshape(len(index), -1)[:, :n]
+    return out.flatten(1)[:, :n]
 
 
 def uniform(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
