@@ -13,14 +13,14 @@ FLOORS = [
     {"build", "checkpoint", "features", "stats", "steps", "usage"},
     {"drawing", "parallel", "writer"},
     {"evaluate", "run"},
-    {"resume", "watching"},
-    {"sample", "train"},
+    {"resume", "trial", "watching"},
+    {"datasets", "doctor", "sample", "train"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import
 ALLOWED = {
     "hydra": {"build", "cli"},
-    "omegaconf": {"config", "build", "cli", "evaluate", "sample", "train"},
+    "omegaconf": {"config", "build", "cli", "datasets", "doctor", "evaluate", "sample", "train"},
     "tensorboard": {"stats"},
 }
 
