@@ -15,15 +15,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan.config import CONFIG_DIR, EvalConfig, SampleConfig, TrainConfig
+from vgan.config import CONFIG_DIR, DataConfig, DataNode, EvalConfig, SampleConfig, TrainConfig
 from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped
-from vgan.usage import EVAL_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
+from vgan.usage import DATA_INTRO, DOCTOR_INTRO, EVAL_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
 
 _STORE = ConfigStore.instance()
 _STORE.store(name="train_schema", node=TrainConfig)
 _STORE.store(name="sample_schema", node=SampleConfig)
 _STORE.store(name="eval_schema", node=EvalConfig)
+_STORE.store(name="data_schema", node=DataNode)
 
 
 def train_main() -> None:
@@ -39,6 +40,20 @@ def sample_main() -> None:
 def eval_main() -> None:
     """vgan-eval"""
     _open("vgan-eval", EvalConfig, _evaluate, EVAL_INTRO)
+
+
+def doctor_main() -> None:
+    """vgan-doctor"""
+    _open("vgan-doctor", TrainConfig, _doctor, DOCTOR_INTRO)
+
+
+def data_main() -> None:
+    """vgan-data"""
+    # the first bare word says what to do
+    word = next((i for i, a in enumerate(sys.argv) if i and not a.startswith("-")), None)
+    if word and "=" not in sys.argv[word]:
+        sys.argv[word] = f"do={sys.argv[word]}"
+    _open("vgan-data", DataConfig, _data, DATA_INTRO)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -73,6 +88,22 @@ def _evaluate(cfg: DictConfig) -> None:
 
     with _one_line_errors("vgan-eval", EvalConfig):
         evaluate(cfg)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+def _doctor(cfg: DictConfig) -> None:
+    from vgan.doctor import doctor
+
+    with _one_line_errors("vgan-doctor", TrainConfig):
+        sys.exit(doctor(cfg, list(HydraConfig.get().overrides.task)))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="data")
+def _data(cfg: DictConfig) -> None:
+    from vgan.datasets import data
+
+    with _one_line_errors("vgan-data", DataConfig):
+        sys.exit(data(cfg))
 
 
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:

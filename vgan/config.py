@@ -175,6 +175,20 @@ class EvalConfig:
     precision: str = key("of drawing: auto, fp32, tf32, bf16 or fp16; features are always worked out in fp32")
 
 
+@dataclass
+class DataConfig:
+    """Everything that vgan-data reads."""
+
+    do: str = key("info, check or pack; the first word may say it: vgan-data check data=folder ...")
+    sheet: str | None = key("a .png file for some pictures as training will see them, class by class; null: none")
+    data: dict[str, Any] = key("where the pictures come from", dict)
+
+
+@dataclass
+class DataNode(DataConfig, TrainConfig):
+    """What vgan-data's options compose into: data sets and experiments set keys of training too, which it leaves unread."""
+
+
 def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
     """(key, explanation) for every explained key of a schema, nested ones too, in their order."""
     pairs = []
@@ -295,3 +309,12 @@ def validate_sample(cfg: Any) -> None:
     require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
     require(0 <= cfg.truncation <= 1, "truncation", cfg.truncation, "must be from 0 to 1")
+
+
+def validate_data(cfg: Any) -> None:
+    """What the types of a DataConfig cannot say; raises UserError naming key, value and rule."""
+    require(cfg.do in ("info", "check", "pack"), "do", cfg.do, "must be info, check or pack")
+    require(hasattr(cfg.data, "keys"), "data", cfg.data, "has keys of its own; give them one by one")
+    if cfg.sheet is not None:
+        require(cfg.do != "pack", "sheet", cfg.sheet, "is written by info and check; leave it out")
+        require(Path(cfg.sheet).suffix.lower() == ".png", "sheet", cfg.sheet, "must end in .png")

@@ -21,13 +21,18 @@ class Survey:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) in px
     modes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    labels: Counter[int] = field(default_factory=Counter)
+    labels: dict[int, int] = field(default_factory=dict)  # item -> class of all that can be read
     digest: str = ""  # of the packed data, if all was looked at
 
     @property
     def good(self) -> int:
         """How many pictures can be read."""
         return self.looked_at - len(self.bad)
+
+    def per_class(self, label_dim: int) -> list[int]:
+        """How many readable pictures each of label_dim classes has."""
+        counts = Counter(self.labels.values())
+        return [counts[label] for label in range(label_dim)]
 
     @property
     def copies(self) -> int:
@@ -47,25 +52,23 @@ def survey(source: Source, most: int | None = None) -> Survey:
     """
     items = range(len(source)) if most is None else evenly(len(source), most)
     found = Survey(len(items))
-    packed, labels, same = hashlib.sha256(), [], _Same()
-    for item in read_in_order(source.examine, items, "looking"):
+    packed, same = hashlib.sha256(), _Same()
+    for i, item in zip(items, read_in_order(source.examine, items, "looking")):
         if isinstance(item, BadImage):
             found.bad.append(str(item))
             continue
         content = item.pixels.tobytes()
         packed.update(content)
         same.add(item.name, content)
-        labels.append(item.label)
+        found.labels[i] = item.label
         found.sizes[item.size] += 1
         found.modes[item.mode] += 1
         found.formats[item.format] += 1
         if min(item.size) < source.img_resolution:
             found.small.append(f"{item.name} ({item.size[0]} x {item.size[1]})")
     found.duplicates = same.groups()
-    if source.label_names:
-        found.labels.update(labels)
     if len(items) == len(source):  # as the store works it out
-        packed.update(np.array(labels, dtype=np.int64).tobytes())
+        packed.update(np.array(list(found.labels.values()), dtype=np.int64).tobytes())
         found.digest = packed.hexdigest()
     return found
 
