@@ -16,7 +16,6 @@ into these, so 100 % cannot be reached.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,7 +41,7 @@ from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.steps import Batch, d_step, g_step, train_step
-from vgan.trial import Subject, first_steps, make_subject, peak_gb, release, step_seconds, time_of
+from vgan.trial import Subject, device_name, first_steps, make_subject, peak_gb, release, step_seconds, time_of
 
 DENSE, GROUPED = (f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped"))
 # name -> overrides. Two words are no overrides: "nchw" is another memory format, and "plain" what the same model does in
@@ -230,12 +229,8 @@ def sampling_rate(subject: Subject, seconds: float) -> float:
 
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name)
-    return f"{device.type}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        return f"{device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return f"{device.type}, {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def table(rows: list[list[str]]) -> str:

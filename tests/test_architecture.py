@@ -14,7 +14,8 @@ FLOORS = [
     {"drawing", "parallel", "writer"},
     {"evaluate", "run"},
     {"resume", "trial", "watching"},
-    {"datasets", "doctor", "sample", "train"},
+    {"datasets", "sample", "speed", "train"},
+    {"doctor"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import

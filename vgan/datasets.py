@@ -132,8 +132,8 @@ def contact_sheet(source: Source, found: Survey) -> np.ndarray:
 def _title(name: str, strip: np.ndarray) -> np.ndarray:
     """The name of a class, black on white, as high as its strip and of as many channels."""
     margin = Image.new("L" if strip.ndim == 2 else "RGB", (_MARGIN, strip.shape[0]), "white")
-    text = "".join(ch if " " <= ch <= "~" else "?" for ch in name)  # what the built-in font has
-    ImageDraw.Draw(margin).text((6, strip.shape[0] // 2 - 6), text[:20], fill="black")
+    text = name[:20].encode("latin-1", "replace").decode("latin-1")  # what Pillow's plainest font has
+    ImageDraw.Draw(margin).text((6, strip.shape[0] // 2 - 6), text, fill="black")
     return np.asarray(margin)
 
 

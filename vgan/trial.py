@@ -31,7 +31,7 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR, _CPUINFO = (Path("/proc", name) for name in ("self/status", "self/clear_refs", "cpuinfo"))
 
 
 @dataclass
@@ -97,15 +97,15 @@ def time_of(subject: Subject, work: Callable[[], object], seconds: float, most: 
     return statistics.median(times)
 
 
-def first_steps(subject: Subject) -> float:
-    """Warm up, and say how long it took until every kind of step had run once (compilation included)."""
+def first_steps(subject: Subject, warm: int = 3) -> float:
+    """How long it takes until every kind of step has run once (compilation included); takes `warm` more steps after that."""
     subject.wait()
     start = time.perf_counter()
     for _ in range(2 if subject.penalty_every > 1 else 1):
         subject.take_step()
     subject.wait()
     elapsed = time.perf_counter() - start
-    for _ in range(3):
+    for _ in range(warm):
         subject.take_step()
     subject.wait()
     return elapsed
@@ -149,3 +149,14 @@ def release(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):  # a container may forbid it
             _CLEAR.write_text("5")
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if _CPUINFO.exists():
+        names = [line.split(":")[1].strip() for line in _CPUINFO.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
