@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -90,7 +91,7 @@ def doctor(cfg: DictConfig, overrides: Sequence[str]) -> int:
                 report.problem(str(e), stops=True)
     finally:
         torch.set_num_threads(own_threads)
-    conclude(report, config, overrides, plan)
+    conclude(report, config, overrides, [] if compiler_works else ["compile=false"], plan)
     return 1 if report.stops else 0
 
 
@@ -307,10 +308,9 @@ def _size(n: float) -> str:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def conclude(report: Report, config: dict[str, Any], overrides: Sequence[str], plan: Plan | None) -> None:
+def conclude(report: Report, config: dict[str, Any], overrides: Sequence[str], advised: Sequence[str], plan: Plan | None) -> None:
     """How long the run takes, what would make it shorter, and the command."""
     report.title("result")
-    advised: list[str] = []
     if plan is not None:
         left = max(0, round(config["total_kimg"] * 1000) - newest_nimg(Path(config["run_dir"]).expanduser()))
         for name, trial in {"as chosen": plan.chosen, "fastest": plan.best}.items():
@@ -318,7 +318,7 @@ def conclude(report: Report, config: dict[str, Any], overrides: Sequence[str], p
             if name == "as chosen" or plan.gains:
                 report.line(name, f"{rate:,.0f} img/s: {left / 1000:g} kimg in {duration(left / rate)}")
         for override, times in plan.gains:
-            advised.append(override)
+            advised = [*advised, override]
             report.line("gain", f"{override}: {times - 1:+.0%} img/s")
         for trial in plan.batches:
             times = trial.img_per_s / plan.best.img_per_s

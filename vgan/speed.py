@@ -114,9 +114,8 @@ class Bench:
             raise UserError(f"the first step fails ({first_line(e)})") from e
         title = f"speed: trials of up to {STEPS} steps"
         print(f"\n{title}\n{'-' * len(title)}")
-        print(
-            f"{'precision':<10}{'threads':>7}{'compiled':>10}{'batch':>7}{'img/s':>9}{'memory':>10}{'first step':>12}", flush=True
-        )
+        heads = zip(("threads", "compiled", "batch", "img/s", "memory", "first step"), (7, 10, 7, 9, 10, 12))
+        print("precision " + "".join(f"{head:>{width}}" for head, width in heads), flush=True)
 
     def take(self, settings: dict[str, Any]) -> Trial:
         """Measure and print a row; img_per_s is 0, and the note says why, where that cannot be done."""
@@ -173,7 +172,7 @@ class Bench:
         if room is None or not known or batch <= max(known):
             return ""
         least, most = min(known), max(known)
-        if least == most:  # nothing is known of what does not grow with the batch; a bound that is too high by up to 4
+        if least == most:  # how much of it grows with the batch is not known yet: the least that it could be
             wanted = known[most] * batch / most / 4
         else:
             wanted = known[most] + max(0.0, known[most] - known[least]) / (most - least) * (batch - most)
