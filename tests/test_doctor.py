@@ -1,5 +1,7 @@
 """vgan-doctor: what it says of machine, data, disk and speed, and when it warns."""
 
+import contextlib
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import vgan.doctor
 import vgan.trial
 from vgan import cli, speed
 from vgan.doctor import command, duration
+from vgan.errors import UserError
 from vgan.speed import Bench, Trial, candidates, host_memory_gb, try_speeds
 
 SMALL = [a for a in TINY if a != "total_kimg=0.032"] + ["total_kimg=1", "model=conv"]
@@ -31,12 +34,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def rates(monkeypatch: pytest.MonkeyPatch, rate_of: Callable[[dict[str, Any]], float]) -> None:
-    """Let trials take no time and come out as told."""
-
-    def measure(self: Bench, subject: Any, settings: dict[str, Any], steps: int) -> Trial:
-        return Trial(settings, rate_of(settings), 0.5, 0.1, 0.01)
-
-    monkeypatch.setattr(Bench, "_measure", measure)
+    """Let trials take no time and come out as told; the few steps before them are taken."""
+    monkeypatch.setattr(Bench, "take", lambda self, settings: Trial(settings, rate_of(settings), 0.5, 0.1, 0.01))
 
 
 def problems(out: str) -> list[str]:
@@ -44,7 +43,8 @@ def problems(out: str) -> list[str]:
     return [line for line in joined.splitlines() if line.startswith("problem: ")]
 
 
-def test_the_default_is_examined_without_leaving_anything(run: Cli, tmp_path: Path) -> None:
+def test_the_default_is_examined_without_leaving_anything(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "usable_cores", torch.get_num_threads)  # others may be at work on the rest
     threads = torch.get_num_threads()
     code, out, _ = run(cli.doctor_main, *SMALL, "run_dir=outputs/mine")
     assert code == 0, out
@@ -63,7 +63,8 @@ def test_the_default_is_examined_without_leaving_anything(run: Cli, tmp_path: Pa
     assert [p for p in problems(out) if "only 64 pictures" not in p] == []
 
 
-def test_what_it_says_of_a_checkpoint_is_what_training_writes(run: Cli) -> None:
+def test_what_it_says_of_a_checkpoint_is_what_training_writes(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates(monkeypatch, lambda s: 100)
     code, out, _ = run(cli.doctor_main, *SMALL, "run_dir=r")
     assert code == 0
     told = float(re.findall(r"checkpoints of ([\d.]+) kB", out)[0]) * 1e3
@@ -72,12 +73,10 @@ def test_what_it_says_of_a_checkpoint_is_what_training_writes(run: Cli) -> None:
 
 
 def test_faster_settings_are_recommended_and_other_batches_only_mentioned(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates(
-        monkeypatch,
-        lambda s: 100 * (1.5 if s["precision"] == "bf16" else 1) * (2 if s["threads"] == 3 else 1) * s["batch_size"] / 8,
-    )
+    factors = {"precision": {"bf16": 1.5}, "threads": {3: 2.0}}
+    rates(monkeypatch, lambda s: 12.5 * s["batch_size"] * math.prod(f.get(s[name], 1) for name, f in factors.items()))
     monkeypatch.setattr(speed, "usable_cores", lambda: 3)
-    code, out, _ = run(cli.doctor_main, *SMALL, "precision=fp32", "threads=2", "run_dir=r", "total_kimg=600")
+    code, out, _ = run(cli.doctor_main, *SMALL, "precision=fp32", "threads=1", "run_dir=r", "total_kimg=600")
     assert code == 0
     assert "100 img/s: 600 kimg in 100 min" in out
     assert "300 img/s: 600 kimg in 33 min" in out
@@ -87,7 +86,7 @@ def test_faster_settings_are_recommended_and_other_batches_only_mentioned(run: C
     words = shlex.split(out[out.index("\nvgan-train") :].replace("\\\n", ""))
     assert words[-2:] == ["precision=bf16", "threads=3"]
     assert "precision=fp32" not in words
-    assert "threads=2" not in words
+    assert "threads=1" not in words
     assert "batch_size=8" in words
     assert words[1 : len(SMALL) - 1] == SMALL[: len(SMALL) - 2]  # the rest as given
 
@@ -108,10 +107,8 @@ def test_a_run_that_is_there_is_resumed_or_refused(run: Cli, monkeypatch: pytest
     assert "holds a run at 32 images; the same command resumes it" in out
     assert "changed since the checkpoint: optim.lr_G.start" in out
     assert "0.968 kimg in" in out
-    assert (
-        "that run is complete; to train longer: total_kimg=0.064"
-        in run(cli.doctor_main, *SMALL, "run_dir=r", "total_kimg=0.032")[1]
-    )
+    out = run(cli.doctor_main, *SMALL, "run_dir=r", "total_kimg=0.032")[1]
+    assert "that run is complete; to train longer: total_kimg=0.064" in out
     code, out, _ = run(cli.doctor_main, *SMALL, "run_dir=r", "data.seed=4")
     assert code == 1
     assert any("was trained on other data" in p and p.endswith("[training would stop]") for p in problems(out))
@@ -131,7 +128,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(run: Cli, monkeypatch: 
     for free, stops, says in ((1000, 1, "no room for two checkpoints"), (1_000_000, 0, "full before the end")):
         with monkeypatch.context() as patch:
             patch.setattr(vgan.doctor.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-            code, out, _ = run(cli.doctor_main, *SMALL, "run_dir=r", "size.g_widths=[32,32,32]")
+            code, out, _ = run(cli.doctor_main, *SMALL, "run_dir=r", "keep_checkpoints=50")
         assert code == stops
         assert any(says in p for p in problems(out)), out
 
@@ -172,35 +169,31 @@ def test_steps_that_fail_are_a_problem(run: Cli, monkeypatch: pytest.MonkeyPatch
     assert any("the first step fails (no kernel for this)" in p for p in problems(out))
 
 
-def tiny_config() -> dict[str, Any]:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from vgan.config import CONFIG_DIR
-
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", overrides=[*SMALL, "run_dir=r"]), resolve=True)
-    return {**config, "precision": "fp32", "threads": 1, "compile": "false"}  # type: ignore[dict-item]
-
-
 def test_larger_batches_stop_where_memory_or_time_would_not_do(
-    run: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed, "candidates", lambda *_: {})
-
-    def measure(self: Bench, subject: Any, settings: dict[str, Any], steps: int) -> Trial:
+    def trial(settings: dict[str, Any]) -> Trial:
         return Trial(settings, 100.0, 1 + settings["batch_size"] / 8, 0.1, 0.01)
 
-    monkeypatch.setattr(Bench, "_measure", measure)
+    monkeypatch.setattr(Bench, "begin", lambda self, chosen, show: self._taken.append(trial({**chosen, "batch_size": 2})))
+    monkeypatch.setattr(Bench, "_subject", lambda self, settings: contextlib.nullcontext())
+    monkeypatch.setattr(Bench, "_measure", lambda self, subject, settings, steps: trial(settings))
     monkeypatch.setattr(Bench, "_room_gb", lambda self: 3.5)  # 2 GB at 8, 3 GB at 16, 5 GB at 32
-    plan = try_speeds(tiny_config(), torch.device("cpu"), lambda run, size: None)
-    assert [t.settings["batch_size"] for t in plan.batches] == [4, 16]
+    config = {"precision": "fp32", "threads": 1, "compile": "false", "parallel": "ddp", "batch_size": 8}
+
+    def batches() -> list[int]:
+        plan = try_speeds(config, torch.device("cpu"), lambda run, size: None)
+        assert plan.chosen.img_per_s == 100
+        return [t.settings["batch_size"] for t in plan.batches]
+
+    assert batches() == [4, 16]
     assert "left out: about 5.0 of 3.5 GB" in capsys.readouterr().out
     monkeypatch.setitem(speed.BUDGET_S, "cpu", 0.0)
-    plan = try_speeds(tiny_config(), torch.device("cpu"), lambda run, size: None)
-    assert plan.chosen.img_per_s == 100
-    assert plan.batches == []
+    assert batches() == []  # the chosen settings are tried all the same
     assert "left out for lack of time" in capsys.readouterr().out
+    monkeypatch.setattr(Bench, "_room_gb", lambda self: 0.5)
+    with pytest.raises(UserError, match=r"batch_size=8: left out: about .* of 0.5 GB; try batch_gpu"):
+        batches()
 
 
 def test_candidates_differ_from_what_is_chosen() -> None:
