@@ -49,10 +49,8 @@ def doctor_main() -> None:
 
 def data_main() -> None:
     """vgan-data"""
-    # the first bare word says what to do
-    word = next((i for i, a in enumerate(sys.argv) if i and not a.startswith("-")), None)
-    if word and "=" not in sys.argv[word]:
-        sys.argv[word] = f"do={sys.argv[word]}"
+    if len(sys.argv) > 1 and re.fullmatch(r"\w+", sys.argv[1]):  # the first word may say what to do
+        sys.argv[1] = f"do={sys.argv[1]}"
     _open("vgan-data", DataConfig, _data, DATA_INTRO)
 
 

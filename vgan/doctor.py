@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def doctor(cfg: DictConfig, overrides: Sequence[str]) -> int:
             config |= {"precision": precision, "threads": torch.get_num_threads()}
             config["compile"] = str(compiler_works and pick_compile(config["compile"], device)).lower()
             try:
-                plan = try_speeds(config, device, lambda run, size: examine_folder(report, run, size))
+                plan = try_speeds(config, device, lambda run, size: examine_folder(report, replace(run, config=config), size))
             except UserError as e:
                 report.problem(str(e), stops=True)
     finally:
