@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 def rates(monkeypatch: pytest.MonkeyPatch, rate_of: Callable[[dict[str, Any]], float]) -> None:
     """Let trials take no time and come out as told; the few steps before them are taken."""
-    monkeypatch.setattr(Bench, "take", lambda self, settings: Trial(settings, rate_of(settings), 0.5, 0.1, 0.01))
+    monkeypatch.setattr(Bench, "take", lambda self, settings: Trial(settings, rate_of(settings), 0.5, 0.1))
 
 
 def problems(out: str) -> list[str]:
@@ -194,7 +194,7 @@ def test_larger_batches_stop_where_memory_or_time_would_not_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def trial(settings: dict[str, Any]) -> Trial:
-        return Trial(settings, 100.0, 1 + settings["batch_size"] / 8, 0.1, 0.01)
+        return Trial(settings, 100.0, 1 + settings["batch_size"] / 8, 0.1)
 
     monkeypatch.setattr(Bench, "begin", lambda self, chosen, show: self._taken.append(trial({**chosen, "batch_size": 2})))
     monkeypatch.setattr(Bench, "_subject", lambda self, settings: contextlib.nullcontext())

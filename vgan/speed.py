@@ -30,7 +30,6 @@ class Trial:
     img_per_s: float = 0.0  # 0: could not be measured
     memory_gb: float | None = None
     first_s: float = 0.0
-    wall_s: float = 0.0
     note: str = ""
 
 
@@ -146,7 +145,7 @@ class Bench:
             subject.feed.close()
 
     def _measure(self, subject: Subject, settings: dict[str, Any], steps: int) -> Trial:
-        split, start = subject.run.recipe.split, time.perf_counter()
+        split = subject.run.recipe.split
         parts = split.count
         first = first_steps(subject, warm=0)
         if steps > 1 and settings["compile"] == "false" and self._hopeless(first, settings):
@@ -154,7 +153,7 @@ class Bench:
         rate = subject.batch_size / step_seconds(subject, SECONDS if steps > 1 else 0, steps)
         memory = peak_gb(self._device) if self._device.type == "cuda" else host_peak_gb()
         note = f"in {split.count} parts" if split.count > parts else ""
-        return Trial(settings, rate, memory, first, time.perf_counter() - start, note)
+        return Trial(settings, rate, memory, first, note)
 
     def _hopeless(self, first_s: float, settings: dict[str, Any]) -> bool:
         """Whether a trial starts so slowly that the rest is not worth waiting for."""
@@ -164,7 +163,8 @@ class Bench:
     def _refusal(self, settings: dict[str, Any]) -> str:
         """Why a trial is not taken; empty where it is."""
         batch, last = settings["batch_size"], self._taken[-1]
-        seconds = last.wall_s * max(1, batch / last.settings["batch_size"])
+        grown = batch / last.settings["batch_size"]
+        seconds = last.first_s * max(1, grown) + max(SECONDS, 6 * batch / last.img_per_s)
         if len(self._taken) > 1 and time.perf_counter() + seconds > self._end:  # the chosen settings are always tried
             return "left out for lack of time"
         room = self._room_gb()
