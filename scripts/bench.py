@@ -15,17 +15,14 @@ into these, so 100 % cannot be reached.
 """
 
 import argparse
-import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vgan.cli  # noqa: F401  registers the schema
 from vgan.config import CONFIG_DIR, validate
-from vgan.data.feed import Feed
-from vgan.data.store import default_cache_dir
-from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
-from vgan.distributed import rank, world_size
+from vgan.device import pick_device, pick_precision, prepare_process
 from vgan.drawing import draw, to_host
 from vgan.ema import update_ema
 from vgan.errors import UserError
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
-from vgan.parallel import averaged
-from vgan.randomness import Streams
-from vgan.run import Run, set_up
-from vgan.steps import Batch, compiled, d_step, g_step, train_step
+from vgan.steps import Batch, d_step, g_step, train_step
+from vgan.trial import Subject, device_name, first_steps, make_subject, peak_gb, release, step_seconds, time_of
 
 DENSE, GROUPED = (f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped"))
 # name -> overrides. Two words are no overrides: "nchw" is another memory format, and "plain" what the same model does in
@@ -89,38 +81,6 @@ THREADS = torch.get_num_threads()  # to go back to after a variant that sets its
 TOGGLES["mps"] = {k: v for k, v in TOGGLES["cpu"].items() if k != "one thread"}
 
 
-@dataclass
-class Subject:
-    """A run that is ready to take steps, as its overrides say."""
-
-    run: Run
-    feed: Feed
-    batch_size: int
-    penalty_every: int
-    nchw: bool
-    step: int = 0
-
-    def wait(self) -> None:
-        if self.run.recipe.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.run.recipe.device.type == "mps":
-            torch.mps.synchronize()
-
-    def inputs(self) -> tuple[Tensor, Tensor, Streams]:
-        """The next batch and its random numbers."""
-        cur_nimg, rows = self.step * self.batch_size, self.batch_size // world_size()
-        self.step += 1
-        return *self.feed.batch(cur_nimg), Streams(0, cur_nimg + rank() * rows, rows, self.run.recipe.device)
-
-    def take_step(self) -> None:
-        """One whole step, as in the loop."""
-        penalty = self.penalty_every if self.step % self.penalty_every == 0 else 0
-        batch, run = self.inputs(), self.run
-        now = run.moment_at(self.step * self.batch_size)
-        train_step(run.state, run.recipe, now, *batch, penalty)
-        update_ema(run.state.G_ema, run.state.G, 0.999)
-
-
 def prepare(overrides: list[str]) -> Subject:
     """Build the run that the overrides describe, compiled where they say so. Raises UserError for wrong ones."""
     plain = "plain" in overrides
@@ -136,18 +96,11 @@ def prepare(overrides: list[str]) -> Subject:
     if not plain:
         torch.set_num_threads(THREADS)
         prepare_process(device, precision, config["threads"])
-    run = set_up(config, device, precision)
+    subject = replace(make_subject(config, device, precision), nchw=nchw)
     if nchw:
-        for network in (run.state.G, run.state.D, run.state.G_ema):
+        for network in (subject.run.state.G, subject.run.state.D, subject.run.state.G_ema):
             network.to(memory_format=torch.contiguous_format)
-    if pick_compile(config["compile"], device):
-        keep_compiled(default_cache_dir() / "compiled")
-        torch._dynamo.reset()
-        run = replace(run, recipe=compiled(run.recipe, config["cuda_graphs"]))
-    if world_size() > 1 and config["parallel"] == "ddp":
-        run = replace(run, recipe=averaged(run.recipe, run.state.G, run.state.D))
-    feed = Feed(run.dataset, config["batch_size"], config["seed"], device, share=(rank(), world_size()))
-    return Subject(run, feed, config["batch_size"], config["loss"]["penalty_every"], nchw)
+    return subject
 
 
 @contextmanager
@@ -162,46 +115,6 @@ def memory_format_of(subject: Subject) -> Iterator[None]:
     finally:
         for kind in kinds:
             kind.memory_format = before
-
-
-def time_of(subject: Subject, work: Callable[[], object], seconds: float) -> float:
-    """Seconds of one call: the median over as many as fit. Calls are timed in groups where the device runs behind."""
-    group = 1 if subject.run.recipe.device.type == "cpu" else 5
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        subject.wait()
-        start = time.perf_counter()
-        for _ in range(group):
-            work()
-        subject.wait()
-        times.append((time.perf_counter() - start) / group)
-    return statistics.median(times)
-
-
-def first_steps(subject: Subject) -> float:
-    """Warm up, and say how long it took until every kind of step had run once (compilation included)."""
-    subject.wait()
-    start = time.perf_counter()
-    for _ in range(2 if subject.penalty_every > 1 else 1):
-        subject.take_step()
-    subject.wait()
-    elapsed = time.perf_counter() - start
-    for _ in range(3):
-        subject.take_step()
-    subject.wait()
-    return elapsed
-
-
-def step_seconds(subject: Subject, seconds: float) -> float:
-    """Mean of one step over the cycle of steps with and without penalty."""
-    cycle = min(subject.penalty_every, 8)
-
-    def one_cycle() -> None:
-        for _ in range(cycle):
-            subject.take_step()
-
-    return time_of(subject, one_cycle, seconds) / cycle
 
 
 def phases(subject: Subject, seconds: float) -> dict[str, float]:
@@ -314,25 +227,10 @@ def sampling_rate(subject: Subject, seconds: float) -> float:
     return 4 * len(index) / time_of(subject, batches, seconds)
 
 
-def peak_gb(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name)
-    return f"{device.type}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        return f"{device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return f"{device.type}, {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def table(rows: list[list[str]]) -> str:

@@ -28,14 +28,15 @@ FLOORS = [
     {"build", "checkpoint", "features", "stats", "steps", "usage"},
     {"attention", "drawing", "parallel", "runlog", "writer"},
     {"evaluate", "run"},
-    {"resume", "watching"},
-    {"report", "sample", "train"},
+    {"resume", "trial", "watching"},
+    {"datasets", "report", "sample", "speed", "train"},
+    {"doctor"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import
 ALLOWED = {
     "hydra": {"build", "cli"},
-    "omegaconf": {"config", "build", "cli", "evaluate", "report", "sample", "train"},
+    "omegaconf": {"config", "build", "cli", "datasets", "doctor", "evaluate", "report", "sample", "train"},
     "tensorboard": {"stats"},
 }
 

@@ -92,14 +92,23 @@ def construct(config: Mapping[str, Any], node: str, /, **injected: Any) -> Any:
         raise
 
 
-def build_dataset(data: Mapping[str, Any]) -> Dataset:
-    """The packed data set of a `data` node; packs it into the cache on first use."""
-    settings = {k: v for k, v in data.items() if k not in ("name", "cache_dir")}
-    source = construct(settings, "data")
+def build_source(data: Mapping[str, Any]) -> Source:
+    """The pictures of a `data` node, before they are packed."""
+    source = construct({k: v for k, v in data.items() if k not in ("name", "cache_dir")}, "data")
     if not isinstance(source, Source):
         raise UserError(f"data._target_={data['_target_']}: must be a vgan.data.source.Source")
-    cache = data.get("cache_dir")
-    dataset = pack(source, Path(cache).expanduser() if cache else default_cache_dir())
+    return source
+
+
+def cache_dir_of(data: Mapping[str, Any]) -> Path:
+    """The folder in which a `data` node's packed pictures are kept."""
+    return Path(data["cache_dir"]).expanduser() if data.get("cache_dir") else default_cache_dir()
+
+
+def build_dataset(data: Mapping[str, Any]) -> Dataset:
+    """The packed data set of a `data` node; packs it into the cache on first use."""
+    source = build_source(data)
+    dataset = pack(source, cache_dir_of(data))
     return replace(dataset, stream=source) if isinstance(source, Shards) else dataset
 
 

@@ -16,16 +16,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan.config import CONFIG_DIR, EvalConfig, ReportConfig, SampleConfig, TrainConfig
+from vgan.config import CONFIG_DIR, DataConfig, DataNode, EvalConfig, ReportConfig, SampleConfig, TrainConfig
 from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped, remember_interrupts, was_interrupted, was_training
-from vgan.usage import EVAL_INTRO, REPORT_INTRO, SAMPLE_INTRO, TRAIN_INTRO, help_text, usage_line
+from vgan.usage import (
+    DATA_INTRO,
+    DOCTOR_INTRO,
+    EVAL_INTRO,
+    REPORT_INTRO,
+    SAMPLE_INTRO,
+    TRAIN_INTRO,
+    help_text,
+    usage_line,
+)
 
 _STORE = ConfigStore.instance()
 _STORE.store(name="train_schema", node=TrainConfig)
 _STORE.store(name="sample_schema", node=SampleConfig)
 _STORE.store(name="eval_schema", node=EvalConfig)
 _STORE.store(name="report_schema", node=ReportConfig)
+_STORE.store(name="data_schema", node=DataNode)
 
 
 def train_main() -> None:
@@ -46,6 +56,18 @@ def eval_main() -> None:
 def report_main() -> None:
     """vgan-report"""
     _open("vgan-report", ReportConfig, _report, REPORT_INTRO)
+
+
+def doctor_main() -> None:
+    """vgan-doctor"""
+    _open("vgan-doctor", TrainConfig, _doctor, DOCTOR_INTRO)
+
+
+def data_main() -> None:
+    """vgan-data"""
+    if len(sys.argv) > 1 and re.fullmatch(r"\w+", sys.argv[1]):  # the first word may say what to do
+        sys.argv[1] = f"do={sys.argv[1]}"
+    _open("vgan-data", DataConfig, _data, DATA_INTRO)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -97,6 +119,22 @@ def compose_train(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]
         return OmegaConf.to_container(cfg, resolve=True), OmegaConf.to_container(cfg)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as e:
         raise ValueError(str(e)) from e
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+def _doctor(cfg: DictConfig) -> None:
+    from vgan.doctor import doctor
+
+    with _one_line_errors("vgan-doctor", TrainConfig):
+        sys.exit(doctor(cfg, list(HydraConfig.get().overrides.task)))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="data")
+def _data(cfg: DictConfig) -> None:
+    from vgan.datasets import data
+
+    with _one_line_errors("vgan-data", DataConfig):
+        sys.exit(data(cfg))
 
 
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:

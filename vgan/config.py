@@ -199,6 +199,20 @@ class ReportConfig:
     out: str | None = key("the .html file; null: report.html, in the run folder of one run, here for several")
 
 
+@dataclass
+class DataConfig:
+    """Everything that vgan-data reads."""
+
+    do: str = key("info, check or pack; the first word may say it: vgan-data check data=folder ...")
+    sheet: str | None = key("a .png file for some pictures as training will see them, class by class; null: none")
+    data: dict[str, Any] = key("where the pictures come from", dict)
+
+
+@dataclass
+class DataNode(DataConfig, TrainConfig):
+    """What vgan-data's options compose into: data sets and experiments set keys of training too, which it leaves unread."""
+
+
 def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
     """(key, explanation) for every explained key of a schema, nested ones too, in their order."""
     pairs = []
@@ -327,3 +341,12 @@ def validate_sample(cfg: Any) -> None:
     require(cfg.show in SHOWN, "show", cfg.show, f"must be one of {', '.join(SHOWN)}")
     require(cfg.show == "pictures" or cfg.motion is None, "show", cfg.show, "goes with motion=null")
     require(cfg.query is None or cfg.show == "attention", "query", cfg.query, "goes with show=attention")
+
+
+def validate_data(cfg: Any) -> None:
+    """What the types of a DataConfig cannot say; raises UserError naming key, value and rule."""
+    require(cfg.do in ("info", "check", "pack"), "do", cfg.do, "must be info, check or pack")
+    require(hasattr(cfg.data, "keys"), "data", cfg.data, "has keys of its own; give them one by one")
+    if cfg.sheet is not None:
+        require(cfg.do != "pack", "sheet", cfg.sheet, "is written by info and check; leave it out")
+        require(Path(cfg.sheet).suffix.lower() == ".png", "sheet", cfg.sheet, "must end in .png")

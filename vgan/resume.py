@@ -38,7 +38,7 @@ def resume(run: Run) -> Progress:
     parts = _from_first_process(lambda: _newest(run))
     if parts is None:
         return progress
-    _compare(run, parts)
+    compare(run, parts)
     try:
         progress.load_parts(run, parts)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
@@ -68,7 +68,7 @@ def _newest(run: Run) -> dict[str, Any] | None:
     return None
 
 
-def _compare(run: Run, parts: dict[str, Any]) -> None:
+def compare(run: Run, parts: dict[str, Any]) -> None:
     """Refuse what would spoil the run, and print what else has changed."""
     before, now, where = _flat(parts["config"]), _flat(run.config), f"run_dir={run.run_dir}"
     if parts["data"]["digest"] != run.dataset.digest:

@@ -2,10 +2,11 @@
 
 import difflib
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
-from vgan.config import CONFIG_DIR, TrainConfig, explained_keys
+from vgan.config import CONFIG_DIR, DataConfig, TrainConfig, explained_keys
 
 TRAIN_INTRO = """vgan-train: fit a GAN to pictures.
 
@@ -46,12 +47,27 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
+DOCTOR_INTRO = """vgan-doctor: what to know before a run: the machine, the data, the disk, the speed. Writes nothing into run_dir.
+
+  vgan-doctor                                        the embedded shapes
+  vgan-doctor data=folder data.path=~/pictures run_dir=outputs/mine
+
+Takes what vgan-train takes and ends with the command to give. Exit code 1: training would stop."""
+
+
+DATA_INTRO = """vgan-data: look at a data set, or pack it ahead of time.
+
+  vgan-data info data=folder data.path=~/pictures sheet=contact.png
+  vgan-data check data=folder data.path=~/pictures   every problem file; exit code 1 if some cannot be read
+  vgan-data pack data=folder data.path=~/pictures data.resolution=64"""
+
+
 def help_text(schema: type, intro: str) -> str:
     """The text of --help: groups with their options, then every key; all read from where they are defined."""
     parts = [intro, ""]
-    if schema is TrainConfig:
+    if schema in (TrainConfig, DataConfig):
         parts.append("Groups (GROUP=OPTION):")
-        for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir()):
+        for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir() and (schema is TrainConfig or p.name == "data")):
             for path in sorted(folder.glob("*.yaml")):
                 text = path.read_text(encoding="utf-8")
                 parts.append(f"  {f'{folder.name}={path.stem}':<22} {_first_comment(text)}")
@@ -87,7 +103,7 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
     for override in argv:
         name, _, value = override.lstrip("+~").partition("=")
         if "Config group override" in text and (CONFIG_DIR / name).is_dir():
-            return _no_such_option(name, value) if schema is TrainConfig else f"{override}: unknown key {name}"
+            return _no_such_option(name, value) if schema in (TrainConfig, DataConfig) else f"{override}: unknown key {name}"
         if name in text and ("not in struct" in text or "not in" in text or "No match in the defaults" in text):
             if _ELSEWHERE.get(name, "").partition(".")[0] in _known_keys(schema):
                 return f"{override}: unknown key {name}; did you mean {_ELSEWHERE[name]}?"
@@ -116,3 +132,10 @@ def _known_keys(schema: type, prefix: str = "") -> list[str]:
         if is_dataclass(f.type):
             keys += _known_keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
     return keys
+
+
+def report_line(name: str, text: str) -> str:
+    """A line of a report, broken at 80 columns: name on the left, text from column 12 on. A longer word stays whole."""
+    return textwrap.fill(
+        text, 80, initial_indent=f"{name:<11} ", subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    )

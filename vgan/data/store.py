@@ -10,16 +10,12 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from vgan.console import progress_bar
-from vgan.data.source import BadImage, Dataset, Source
+from vgan.data.source import BadImage, Dataset, Source, read_in_order
 from vgan.distributed import print0
 from vgan.errors import UserError
 
@@ -83,7 +79,7 @@ def _pack_into(source: Source, final: Path) -> None:
         digest, labels, bad = hashlib.sha256(), [], []
         with open(work / "images.npy", "wb") as f:
             _write_header(f, source, len(source))
-            for item in _read_all(source):
+            for item in read_in_order(source.read, range(len(source)), "packing"):
                 if isinstance(item, BadImage):
                     bad.append(str(item))
                     continue
@@ -126,32 +122,6 @@ def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[in
         "digest": digest.hexdigest(),
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _read_all(source: Source) -> Iterator[tuple[np.ndarray, int] | BadImage]:
-    """All items in order, read by several threads (Pillow decodes outside the interpreter's lock), in bounded memory."""
-
-    def read(i: int) -> tuple[np.ndarray, int] | BadImage:
-        try:
-            return source.read(i)
-        except BadImage as bad:
-            return bad
-
-    threads = os.cpu_count() or 1
-    ahead: deque[Future[tuple[np.ndarray, int] | BadImage]] = deque()
-    with ThreadPoolExecutor(threads) as pool, progress_bar(len(source), "packing", delay=1) as bar:
-        try:
-            for i in range(len(source) + 16 * threads):
-                if i < len(source):
-                    ahead.append(pool.submit(read, i))
-                if i >= 16 * threads and ahead:
-                    yield ahead.popleft().result()
-                    bar.update()
-            while ahead:
-                yield ahead.popleft().result()
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _judge_bad(source: Source, bad: list[str], good: int) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,10 +17,9 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vgan.data.source import FORMATS, UNREADABLE, BadImage, Dataset, Source, check_image_settings, to_square_uint8
+from vgan.data.source import UNREADABLE, BadImage, Dataset, Examined, Source, check_image_settings, examine_file
 from vgan.errors import UserError
 from vgan.files import write_atomically
 from vgan.images import to_float
@@ -75,15 +73,17 @@ class Shards(Source):
 
     def decode(self, sample: Sample) -> tuple[np.ndarray, int]:
         """Pixels and label; raises BadImage."""
+        found = self._examine(sample)
+        return found.pixels, found.label
+
+    def examine(self, i: int) -> Examined:
+        return self._examine(self._sample()[i])
+
+    def _examine(self, sample: Sample) -> Examined:
         name, content, label = sample
         if self.label_names and not 0 <= label < len(self.label_names):
             raise BadImage(name, f"label {label}, data.classes is {len(self.label_names)}")
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                image.draft(None, (2 * self.img_resolution, 2 * self.img_resolution))
-                return to_square_uint8(image, self.img_resolution, self.img_channels), label
-        except UNREADABLE as e:
-            raise BadImage(name, str(e).splitlines()[0] if str(e) else type(e).__name__) from e
+        return examine_file(name, content, self.img_resolution, self.img_channels, label)
 
     def samples(self, url: str) -> Iterator[Sample]:
         """All pictures of a shard in their order. Raises UserError where it cannot be read, after TRIES tries."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vgan.data.source import Source, check_image_settings, to_square_uint8
+from vgan.data.source import Examined, Source, check_image_settings, to_square_uint8
 from vgan.errors import UserError
 
 _CIFAR10_FIX = "put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
@@ -46,8 +46,13 @@ class Cifar10(Source):
         return len(self._set)
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
+        found = self.examine(i)
+        return found.pixels, found.label
+
+    def examine(self, i: int) -> Examined:
         image, label = self._set[i]
-        return to_square_uint8(image, self.img_resolution, 3), label if self.label_names else 0
+        pixels = to_square_uint8(image, self.img_resolution, 3)
+        return Examined(f"picture {i}", image.size, image.mode, "array", pixels, label if self.label_names else 0)
 
     def fingerprint(self) -> str:  # the content is known: torchvision has checked it
         return hashlib.sha256(f"cifar10 train {self.img_resolution} {self.label_names}".encode()).hexdigest()
@@ -88,9 +93,14 @@ class CelebA(Source):
         return len(self._set)
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
+        found = self.examine(i)
+        return found.pixels, found.label
+
+    def examine(self, i: int) -> Examined:
         image, attributes = self._set[i]
         label = sum(int(attributes[column]) << b for b, column in enumerate(self._columns))
-        return to_square_uint8(image, self.img_resolution, 3, self._crop), label
+        pixels = to_square_uint8(image, self.img_resolution, 3, self._crop)
+        return Examined(f"picture {i}", image.size, image.mode, "JPEG", pixels, label)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"celeba train {self.img_resolution} {self._crop} {self.label_names}".encode()).hexdigest()
