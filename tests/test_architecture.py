@@ -29,14 +29,14 @@ FLOORS = [
     {"attention", "drawing", "parallel", "runlog", "writer"},
     {"evaluate", "run"},
     {"resume", "trial", "watching"},
-    {"datasets", "report", "sample", "speed", "train"},
+    {"datasets", "export", "report", "sample", "speed", "train"},
     {"doctor"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import
 ALLOWED = {
     "hydra": {"build", "cli"},
-    "omegaconf": {"config", "build", "cli", "datasets", "doctor", "evaluate", "report", "sample", "train"},
+    "omegaconf": {"config", "build", "cli", "datasets", "doctor", "evaluate", "export", "report", "sample", "train"},
     "tensorboard": {"stats"},
 }
 

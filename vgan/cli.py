@@ -16,13 +16,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan.config import CONFIG_DIR, DataConfig, DataNode, EvalConfig, ReportConfig, SampleConfig, TrainConfig
+from vgan.config import CONFIG_DIR, DataConfig, DataNode, EvalConfig, ExportConfig, ReportConfig, SampleConfig, TrainConfig
 from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped, remember_interrupts, was_interrupted, was_training
 from vgan.usage import (
     DATA_INTRO,
     DOCTOR_INTRO,
     EVAL_INTRO,
+    EXPORT_INTRO,
     REPORT_INTRO,
     SAMPLE_INTRO,
     TRAIN_INTRO,
@@ -34,6 +35,7 @@ _STORE = ConfigStore.instance()
 _STORE.store(name="train_schema", node=TrainConfig)
 _STORE.store(name="sample_schema", node=SampleConfig)
 _STORE.store(name="eval_schema", node=EvalConfig)
+_STORE.store(name="export_schema", node=ExportConfig)
 _STORE.store(name="report_schema", node=ReportConfig)
 _STORE.store(name="data_schema", node=DataNode)
 
@@ -51,6 +53,11 @@ def sample_main() -> None:
 def eval_main() -> None:
     """vgan-eval"""
     _open("vgan-eval", EvalConfig, _evaluate, EVAL_INTRO)
+
+
+def export_main() -> None:
+    """vgan-export"""
+    _open("vgan-export", ExportConfig, _export, EXPORT_INTRO)
 
 
 def report_main() -> None:
@@ -102,6 +109,14 @@ def _evaluate(cfg: DictConfig) -> None:
 
     with _one_line_errors("vgan-eval", EvalConfig):
         evaluate(cfg)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="export")
+def _export(cfg: DictConfig) -> None:
+    from vgan.export import export
+
+    with _one_line_errors("vgan-export", ExportConfig):
+        export(cfg)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="report")

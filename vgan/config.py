@@ -19,6 +19,7 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PENALTIES = ("forward", "exact", "difference")
 METRICS = ("fid", "kid", "is", "pr", "diversity", "classes", "copies")
+EXPORTS = ("onnx", "safetensors", "pt2", "torchscript")
 MOTIONS = ("interpolate", "classes", "walk")
 SHOWN = ("pictures", "attention", "patches")
 BEST_BY = ("fid", "kid", "is", "precision", "recall")
@@ -192,6 +193,18 @@ class EvalConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Everything that vgan-export reads."""
+
+    ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
+    to: str = key("onnx, safetensors (weights), pt2 (torch.export) or torchscript")
+    out: str | None = key("the file; null: named after the checkpoint")
+    input: str = key("z (latents, and one-hot c) or numbers (those of vgan-sample's pictures, and labels)")
+    seed: int = key("input=numbers: the series that they count")
+    license: str | None = key("under which terms the weights may be used; written into the file")
+
+
+@dataclass
 class ReportConfig:
     """Everything that vgan-report reads."""
 
@@ -325,6 +338,13 @@ def validate_eval(cfg: Any) -> None:
     require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "must be above 0")
     require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
     require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
+
+
+def validate_export(cfg: Any) -> None:
+    """What the types of an ExportConfig cannot say; raises UserError naming key, value and rule."""
+    require(cfg.to in EXPORTS, "to", cfg.to, f"must be one of {', '.join(EXPORTS)}")
+    require(cfg.input in ("z", "numbers"), "input", cfg.input, "must be z or numbers")
+    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
 
 
 def validate_sample(cfg: Any) -> None:

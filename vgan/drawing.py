@@ -1,5 +1,6 @@
 """From a checkpoint to a generator, and from a generator to pictures."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
 
     G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N, img_channels,
     img_resolution, img_resolution) float32, black to white in [-1, 1]. In evaluation mode, without gradients for the
-    weights; G.label_names names the classes. Raises UserError where there is no readable checkpoint.
+    weights; G.label_names names the classes. Reads what vgan-export to=safetensors wrote too. Raises UserError where there is no
+    readable checkpoint.
     """
+    if Path(ckpt).suffix.lower() == ".safetensors":
+        return restore_generator(_read_safetensors(Path(ckpt).expanduser()), pick_device(device))
     return restore_generator(checkpoint.load_newest(ckpt)[1], pick_device(device))
 
 
@@ -62,6 +66,33 @@ def _restore(parts: dict[str, Any], kind: str, key: str, make: Callable[[Any, An
     if any(not isinstance(w, Tensor) or w.is_meta for w in network.state_dict().values()):
         raise UserError(fix.format("some are missing"))
     return network.eval().requires_grad_(False)
+
+
+def save_safetensors(G: nn.Module, told: dict[str, str]) -> bytes:
+    """The weights, with what is told of them; `load_generator` needs model, sizes and labels there."""
+    try:
+        from safetensors.torch import save
+    except ModuleNotFoundError as e:
+        raise UserError("to=safetensors: needs the package safetensors; pip install vgan[export]") from e
+    return save({name: weight.contiguous() for name, weight in G.state_dict().items()}, metadata=told)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The parts that a generator is made of."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as e:
+        raise UserError(f"{path}: needs the package safetensors; pip install vgan[export]") from e
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+        model, sizes, labels = (json.loads(told[name]) for name in ("model", "sizes", "labels"))
+    except (SafetensorError, ValueError, LookupError, RecursionError) as e:
+        raise UserError(f"{path}: not a generator that vgan-export wrote ({e}); use an intact one") from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); check name and permissions") from e
+    return {"config": {"model": {"generator": model}}, "sizes": sizes, "data": {"labels": labels}, "G_ema": weights}
 
 
 def _refuse_giants(node: Any, weights: int) -> None:

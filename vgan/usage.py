@@ -33,6 +33,12 @@ EVAL_INTRO = """vgan-eval: how far a model's pictures lie from the data, by a st
   vgan-eval ckpt=[outputs/a,outputs/b] n=10000 repeats=3
   vgan-eval ckpt=outputs/mine features=learned         where Inception's weights cannot be had"""
 
+EXPORT_INTRO = """vgan-export: a trained generator in a file that other programs read.
+
+  vgan-export ckpt=outputs/mine to=onnx out=mine.onnx               for onnxruntime, browsers, other languages
+  vgan-export ckpt=outputs/mine to=onnx input=numbers               draws its own z: the pictures of vgan-sample seeds=...
+  vgan-export ckpt=outputs/mine to=safetensors license=CC-BY-4.0    for load_generator("mine.safetensors")"""
+
 REPORT_INTRO = """vgan-report: a page about a run, or about several side by side, in one file that needs no network.
 
   vgan-report run=outputs/mine                         writes outputs/mine/report.html
