@@ -67,6 +67,11 @@ def look(G: nn.Module, z: Tensor, c: Tensor, precision: str = "fp32") -> tuple[T
     return images, looks
 
 
+def has_attention(G: nn.Module) -> bool:
+    """Whether `look` finds something."""
+    return any(isinstance(m, (GatedSelfAttention, AdaptiveAttention2d)) for m in G.modules())
+
+
 @torch.no_grad()
 def verdicts(D: nn.Module, images: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
     """What each place of uint8 pictures (N, C, H, W) adds to the discriminator's verdict: (N, h, w), low where it looks fake."""

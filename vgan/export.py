@@ -15,7 +15,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from vgan import __version__, checkpoint
+import vgan
+from vgan import checkpoint
 from vgan.config import validate_export
 from vgan.drawing import latents, restore_generator, save_safetensors
 from vgan.errors import UserError
@@ -107,7 +108,7 @@ def metadata(path: Path, parts: dict[str, Any], license: str | None) -> dict[str
     records = read_records(path.parent)
     told = {
         "format": "vgan generator",
-        "vgan": __version__,
+        "vgan": vgan.__version__,
         "model": json.dumps(config["model"]["generator"]),
         "sizes": json.dumps(parts["sizes"]),
         "labels": json.dumps(list(parts["data"]["labels"])),

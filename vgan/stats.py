@@ -145,12 +145,13 @@ class Journal:
                 self._board.add(name, value, cur_nimg)
             self._board.flush()
 
-    def image(self, cur_nimg: int, name: str, path: Path, sheet: np.ndarray) -> None:
-        """A grid (H, W) or (H, W, 3) uint8, as a PNG file and in TensorBoard."""
+    def image(self, cur_nimg: int, name: str, path: Path | None, sheet: np.ndarray) -> None:
+        """A grid (H, W) or (H, W, 3) uint8 in TensorBoard, and as a PNG file where there is a path."""
         if rank() != 0:
             return
         with self._told_once():
-            write_png(path, sheet)
+            if path:
+                write_png(path, sheet)
         with self._told_once():
             assert self._board is not None
             self._board.add(name, sheet, cur_nimg)

@@ -119,6 +119,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
                 bar.tick({k: means[f"loss/{k}"] for k in "DG"})
             if last or due(config["snapshot_kimg"], before, cur_nimg):
                 journal.image(cur_nimg, "fakes", run.run_dir / f"fakes-{cur_nimg:09d}.png", sheet_of(pictures.fakes()))
+                for name, sheet in pictures.maps().items():
+                    journal.image(cur_nimg, name, None, sheet)
             if save:
                 writer.begin(checkpoint.path_at(run.run_dir, cur_nimg), progress.parts(run))
             if judge and (last or due(config["eval_kimg"], before, cur_nimg)):

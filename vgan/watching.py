@@ -14,6 +14,7 @@ except ModuleNotFoundError:  # Windows
 
 import vgan
 from vgan import checkpoint
+from vgan.attention import attention_sheet, has_attention, look, verdict_sheet, verdicts
 from vgan.data.store import default_cache_dir
 from vgan.device import autocast, hardware
 from vgan.distributed import barrier, print0, rank, world_size
@@ -28,6 +29,7 @@ from vgan.watchdog import diversity
 from vgan.writer import CheckpointWriter
 
 GRID_PICTURES = 64
+MAPPED = 6  # of them, with maps of attention and verdicts
 COMPARED = 32  # fakes of one class that the watchdog compares
 BEST = "best.pt"  # the checkpoint with the best metric so far
 
@@ -139,6 +141,20 @@ class Pictures:
         """uint8 (N, C, H, W) of the averaged generator."""
         with autocast(self._run.recipe.device, self._run.recipe.precision):
             return torch.cat([to_uint8(self._run.state.G_ema(z, c)) for z, c in zip(self._z.split(16), self._c.split(16))])
+
+    def maps(self) -> dict[str, Any]:
+        """Sheets of where the generator's attention looks and of what looks fake to the discriminator, where they can be had."""
+        G, D, precision = self._run.state.G_ema, self._run.state.D, self._run.recipe.precision
+        if any(hasattr(p, "placements") for p in G.parameters()):  # spread over processes: no layer can be asked alone
+            return {}
+        z, c = self._z[:MAPPED], self._c[:MAPPED]
+        sheets = {}
+        if has_attention(G):
+            sheets["attention"] = attention_sheet(*look(G, z, c, precision))
+        if hasattr(D, "logit_map"):
+            images = self.fakes()[:MAPPED]
+            sheets["looks_fake"] = verdict_sheet(images, verdicts(D, images, c, precision))
+        return sheets
 
     @torch.no_grad()
     def diversity(self) -> float:
