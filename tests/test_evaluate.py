@@ -9,9 +9,10 @@ from torch import Tensor
 from vgan.data.shapes import Shapes
 from vgan.data.store import pack
 from vgan.errors import UserError
-from vgan.evaluate import Evaluator, Result, format_values, read_records, table
+from vgan.evaluate import Evaluator, Result, read_records, shown_values, table
 from vgan.models.generator import PlainGenerator
 from vgan.randomness import normal
+from vgan.usage import in_lines
 
 
 class Means(torch.nn.Module):
@@ -93,8 +94,11 @@ def test_results_of_two_protocols_are_kept_apart() -> None:
 
 
 def test_format_of_values() -> None:
-    text = format_values({"fid": 12.3456, "fid_std": 0.1, "kid": 0.00123, "kid_ci": 0.0001, "precision": 0.5})
-    assert text == "fid 12.346 +- 0.100   kid 0.00123 +- 0.00010   precision 0.500"
+    parts = shown_values({"fid": 12.3456, "fid_std": 0.1, "kid": 0.00123, "kid_ci": 0.0001, "precision": 0.5})
+    assert parts == ["fid 12.346 +- 0.100", "kid 0.00123 +- 0.00010", "precision 0.500"]
+    assert in_lines(parts, "r/a.pt   ") == "r/a.pt   fid 12.346 +- 0.100   kid 0.00123 +- 0.00010   precision 0.500"
+    assert in_lines(parts * 2, "x ").splitlines()[1].startswith("  fid")
+    assert max(map(len, in_lines(parts * 9, "x ").splitlines())) <= 80
 
 
 def test_records_survive_a_torn_line(tmp_path: Path) -> None:

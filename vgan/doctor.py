@@ -34,7 +34,7 @@ from vgan.run import Run
 from vgan.speed import WORTH, Plan, first_line, host_memory_gb, try_speeds, usable_cores
 from vgan.trial import device_name
 from vgan.usage import report_line
-from vgan.watching import GRID_PICTURES, sheet_of, summary
+from vgan.watching import GRID_PICTURES, facts, sheet_of
 
 LOOKED_AT = 500  # pictures whose files are looked at; all of them are in vgan-data
 COMPARED_BYTES = 2e9  # of packed pictures that are searched for duplicates
@@ -242,10 +242,9 @@ def look_for_duplicates(report: Report, dataset: Dataset) -> None:
 def examine_folder(report: Report, run: Run, checkpoint_bytes: int) -> None:
     """How large the networks are; whether run_dir can be written, what it holds, and whether the disk has room for the run."""
     report.title("networks")
-    for line in summary(run, 0).splitlines():
-        name, text = line.split(None, 1)
-        if name in ("G", "D"):
-            report.line(name, text)
+    told = facts(run, 0)
+    for name in ("G", "D"):
+        report.line(name, told[name])
     report.title("run folder")
     config, folder = run.config, run.run_dir
     ground = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

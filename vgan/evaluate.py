@@ -43,6 +43,7 @@ from vgan.metrics import (
     precision_recall,
 )
 from vgan.randomness import permute
+from vgan.usage import in_lines, report_line
 
 KEPT_ROWS = 50_000  # real features that are kept, for all but fid
 PR_ROWS = 10_000  # of each set, since the cost of precision and recall grows with the square
@@ -346,16 +347,16 @@ def table(paths: Sequence[Path], results: Sequence[Result]) -> str:
         left = [(p, r) for p, r in left if not r.comparable(first)]
         if lines:
             lines += ["", "NOT comparable with the results above, as the protocol differs:"]
-        lines += [f"{p.parent.name}/{p.name}   {format_values(r.values)}" for p, r in same]
-        lines += [f"  {k:<9} {v}" for k, v in first.protocol.items()]
+        lines += [in_lines(shown_values(r.values), f"{p.parent.name}/{p.name}   ") for p, r in same]
+        lines += [report_line(f"  {k}", str(v)) for k, v in first.protocol.items()]
     return "\n".join(lines)
 
 
-def format_values(values: dict[str, float]) -> str:
-    """'fid 12.34   kid 0.0123 +- 0.0004'"""
+def shown_values(values: dict[str, float]) -> list[str]:
+    """['fid 12.34', 'kid 0.0123 +- 0.0004']"""
     parts = []
     for name, text in SHOWN.items():
         if name in values:
             spread = values.get(f"{name}_ci", values.get(f"{name}_std"))
             parts.append(f"{name} {text.format(values[name])}" + ("" if spread is None else f" +- {text.format(spread)}"))
-    return "   ".join(parts)
+    return parts

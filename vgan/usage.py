@@ -140,6 +140,16 @@ def _known_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def in_lines(parts: Sequence[str], lead: str = "") -> str:
+    """Parts three columns apart after `lead`, in lines of at most 80 columns; further lines begin two columns in."""
+    lines = [lead]
+    for part in parts:
+        if len(lines[-1]) + len(part) > 80 and lines[-1].strip():
+            lines.append("  ")
+        lines[-1] += f"{part}   "
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def report_line(name: str, text: str) -> str:
     """A line of a report, broken at 80 columns: name on the left, text from column 12 on. A longer word stays whole."""
     return textwrap.fill(

@@ -20,11 +20,12 @@ from vgan.device import autocast, hardware
 from vgan.distributed import barrier, print0, rank, world_size
 from vgan.drawing import drawing_precision, restore_generator
 from vgan.errors import UserError
-from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, format_values, make_evaluator, read_records, record, write_nearest
+from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, make_evaluator, read_records, record, shown_values, write_nearest
 from vgan.images import enlarge, grid, to_float, to_uint8, zoom_for
 from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.randomness import Streams
 from vgan.run import Progress, Run
+from vgan.usage import in_lines, report_line
 from vgan.watchdog import diversity
 from vgan.writer import CheckpointWriter
 
@@ -67,7 +68,7 @@ class Judge:
         sharded = any(hasattr(p, "placements") for p in run.state.G_ema.parameters())
         G = restore_generator(parts, self._device) if sharded else run.state.G_ema
         result = self._evaluator(G, self._precision, default_cache_dir())
-        print0(f"\nat {cur_nimg:,} images: {format_values(result.values)}")
+        print0("\n" + in_lines(shown_values(result.values), f"at {cur_nimg:,} images: "))
         write_nearest(run.run_dir / f"nearest-{cur_nimg:09d}.png", result)
         value = result.values[self._by]
         if self._best is None or ((value < self._best) == SMALLER_IS_BETTER[self._by] and value != self._best):
@@ -185,7 +186,12 @@ def start_record(run: Run, cur_nimg: int) -> dict[str, Any]:
 
 
 def summary(run: Run, cur_nimg: int) -> str:
-    """What is about to happen, in a few lines."""
+    """What is about to happen, in a few lines of at most 80 columns."""
+    return "\n".join(report_line(name, text) for name, text in facts(run, cur_nimg).items())
+
+
+def facts(run: Run, cur_nimg: int) -> dict[str, str]:
+    """Data, networks, device and length of a run, in words."""
     config, G, D, data = run.config, run.state.G, run.state.D, run.dataset
     device = run.recipe.device
     c = torch.zeros(1, data.label_dim, device=device)
@@ -197,11 +203,10 @@ def summary(run: Run, cur_nimg: int) -> str:
     field = getattr(D, "receptive_field_px", None)
     patch = f", each logit sees {min(field, data.img_resolution)} of {data.img_resolution} px" if field else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
-    lines = [
-        ("data", f"{data.name}: {count} of {data.img_resolution} px, {data.img_channels} channels{classes}"),
-        ("G", f"{count_parameters(G):,} parameters, {g_cost / 1e6:,.1f} M multiply-adds an image"),
-        ("D", f"{count_parameters(D):,} parameters, {d_cost / 1e6:,.1f} M multiply-adds an image{patch}"),
-        ("device", f"{name}, {run.recipe.precision}"),
-        ("run", f"{run.run_dir}, {config['total_kimg']:g} kimg" + (f", from {cur_nimg:,} images on" if cur_nimg else "")),
-    ]
-    return "\n".join(f"{name:<7} {text}" for name, text in lines)
+    return {
+        "data": f"{data.name}: {count} of {data.img_resolution} px, {data.img_channels} channels{classes}",
+        "G": f"{count_parameters(G):,} parameters, {g_cost / 1e6:,.1f} M multiply-adds an image",
+        "D": f"{count_parameters(D):,} parameters, {d_cost / 1e6:,.1f} M multiply-adds an image{patch}",
+        "device": f"{name}, {run.recipe.precision}",
+        "run": f"{run.run_dir}, {config['total_kimg']:g} kimg" + (f", from {cur_nimg:,} images on" if cur_nimg else ""),
+    }
