@@ -12,7 +12,7 @@ TRAIN_INTRO = """vgan-train: fit a GAN to pictures.
 
   vgan-train                                         the embedded shapes, on any machine
   vgan-train model=attn data=cifar10
-  vgan-train data=folder data.path=~/pictures data.resolution=64 run_dir=outputs/mine
+  vgan-train data=folder data.path=pictures data.resolution=64 run_dir=outputs/mine
   vgan-train -m model=sep,attn seed=0,1              a sweep
 
 The same command again resumes the run."""
@@ -56,16 +56,16 @@ _ELSEWHERE = {
 DOCTOR_INTRO = """vgan-doctor: what to know before a run: the machine, the data, the disk, the speed. Writes nothing into run_dir.
 
   vgan-doctor                                        the embedded shapes
-  vgan-doctor data=folder data.path=~/pictures run_dir=outputs/mine
+  vgan-doctor data=folder data.path=pictures run_dir=outputs/mine
 
 Takes what vgan-train takes and ends with the command to give. Exit code 1: training would stop."""
 
 
 DATA_INTRO = """vgan-data: look at a data set, or pack it ahead of time.
 
-  vgan-data info data=folder data.path=~/pictures sheet=contact.png
-  vgan-data check data=folder data.path=~/pictures   every problem file; exit code 1 if some cannot be read
-  vgan-data pack data=folder data.path=~/pictures data.resolution=64"""
+  vgan-data info data=folder data.path=pictures sheet=contact.png
+  vgan-data check data=folder data.path=pictures   every problem file; exit code 1 if some cannot be read
+  vgan-data pack data=folder data.path=pictures data.resolution=64"""
 
 
 def help_text(schema: type, intro: str) -> str:
