@@ -7,6 +7,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from test_architecture import FLOORS
 from test_cli import QUICK, TINY, Cli
 
 from vgan import cli, config
@@ -32,29 +34,37 @@ def prose(text: str) -> str:
     return INDENTED.sub("", FENCE.sub("", text))
 
 
-def lines_of(text: str) -> Iterator[str]:
-    """Shell lines of code blocks, with those that end in a backslash joined, and commands within sentences."""
+def lines_of(text: str) -> list[str]:
+    """Shell lines of code blocks, with those that end in a backslash joined."""
     blocks = [body for kind, body in FENCE.findall(text) if kind in ("", "sh", "bash")]
-    text_of_blocks = "\n".join([*blocks, *INDENTED.findall(FENCE.sub("", text))])
-    yield from re.sub(r"\\\n\s*", " ", text_of_blocks).splitlines()
-    yield from re.findall(r"`((?:uv run )?vgan-\w+ [^`]+)`", re.sub(r"\s+", " ", prose(text)))
+    return re.sub(r"\\\n\s*", " ", "\n".join([*blocks, *INDENTED.findall(FENCE.sub("", text))])).splitlines()
 
 
-def commands_in(text: str) -> list[list[str]]:
+def mentioned(text: str) -> list[str]:
+    """Commands within sentences, which may leave out what must be given."""
+    return re.findall(r"`((?:uv run )?vgan-\w+ [^`]+)`", re.sub(r"\s+", " ", prose(text)))
+
+
+def commands_in(lines: list[str]) -> list[list[str]]:
     """Words of every command of vgan's, without what is put before it."""
     found = []
-    for line in lines_of(text):
-        for command in line.split(" && "):
-            words = [word for word in shlex.split(command, comments=True) if word != "..."]
-            while words and (words[:2] == ["uv", "run"] or re.fullmatch(r"[A-Z]+=.*", words[0]) or words[0].startswith("--")):
-                words = words[2:] if words[0] in ("uv", "--with") else words[1:]
-            program = words[0] if words else ""
-            if program.startswith(("vgan-", "torchrun")) or (program.startswith("python") and "scripts/" in words[1]):
-                found.append(words)
+    for command in itertools.chain.from_iterable(line.split(" && ") for line in lines):
+        words = [word for word in shlex.split(command, comments=True) if word != "..."]
+        while words and (words[:2] == ["uv", "run"] or re.fullmatch(r"[A-Z]+=.*", words[0]) or words[0] == "--with"):
+            words = words[1 if "=" in words[0] else 2 :]
+        program = words[0] if words else ""
+        if program.startswith(("vgan-", "torchrun")) or (program.startswith("python") and "scripts/" in words[1]):
+            found.append(words)
     return found
 
 
-COMMANDS = [(page, words) for page, text in TEXTS.items() for words in commands_in(text)]
+def section(title: str) -> list[list[str]]:
+    """The commands of a section of README.md."""
+    return commands_in(lines_of(TEXTS["README.md"].partition(f"## {title}")[2].partition("\n## ")[0]))
+
+
+COMMANDS = [(page, words, True) for page, text in TEXTS.items() for words in commands_in(lines_of(text))]
+COMMANDS += [(page, words, False) for page, text in TEXTS.items() for words in commands_in(mentioned(text))]
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +111,22 @@ def compositions(program: str, words: list[str], folder: Path) -> Iterator[Any]:
             yield compose(KEYS["commands"]()[program][0], [*own, *map(str, job)])
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
-def test_every_command_is_accepted(page: str, words: list[str], workshop: Path) -> None:
+@pytest.mark.parametrize(("page", "words", "whole"), COMMANDS, ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else str(x))
+def test_every_command_is_accepted(page: str, words: list[str], whole: bool, workshop: Path) -> None:
     program, given = overrides_of(words)
+    name, schema = KEYS["commands"]()[program]
+    check = config.validate if name == "train" else getattr(config, f"validate_{name}", lambda cfg: None)
     for cfg in compositions(program, given, workshop):
-        name = KEYS["commands"]()[program][0]
-        check = config.validate if name == "train" else getattr(config, f"validate_{name}", None)
-        if check and "ckpt=outputs" not in str(OmegaConf.missing_keys(cfg)):
-            check(cfg)
-        OmegaConf.to_container(cfg, resolve=True)
+        check(cfg)
+        mine = OmegaConf.masked_copy(cfg, [f.name for f in fields(schema)])
+        OmegaConf.to_container(mine, resolve=True, throw_on_missing=whole and "--help" not in given)  # what must be given is
 
 
 def test_commands_were_found_on_the_pages_that_have_them() -> None:
-    counts = {page: sum(page == other for other, _ in COMMANDS) for page in TEXTS}
+    counts = {page: sum(page == other for other, _, whole in COMMANDS if whole) for page in TEXTS}
     assert counts["README.md"] > 25
     assert min(counts[page] for page in ("own-pictures.md", "recipes.md", "configuration.md", "quality.md", "performance.md")) > 4
-    told = {words[0] for _, words in COMMANDS}
+    told = {words[0] for _, words, _ in COMMANDS}
     assert told >= SCRIPTS, f"no page shows {SCRIPTS - told}"
     assert "pip install uv && uv run pytest" in TEXTS["README.md"]
 
@@ -145,11 +155,8 @@ def obey(run: Cli, words: list[str]) -> str:
     return out
 
 
-FIRST = TEXTS["README.md"].partition("## Five minutes")[2].partition("\n## ")[0]
-
-
 def test_the_first_five_minutes(run: Cli, tmp_path: Path) -> None:
-    train, sample, report, evaluate, data = (words for words in commands_in(FIRST) if words[0] in SCRIPTS)
+    train, sample, report, evaluate, data = (words for words in section("Five minutes") if words[0] in SCRIPTS)
     assert (train[0], evaluate[0]) == ("vgan-train", "vgan-eval")
     assert "Done: 32 images" in obey(run, train)
     for words in (sample, report, data):
@@ -159,7 +166,7 @@ def test_the_first_five_minutes(run: Cli, tmp_path: Path) -> None:
 
 
 def test_their_evaluation(run: Cli, tmp_path: Path) -> None:
-    train, evaluate = (words for words in commands_in(FIRST) if words[0] in ("vgan-train", "vgan-eval"))
+    train, evaluate = (words for words in section("Five minutes") if words[0] in ("vgan-train", "vgan-eval"))
     obey(run, train)
     assert "64 training pictures of 16 px" in obey(run, evaluate)
     assert "protocol" in (tmp_path / "outputs" / "shapes-attn-xs" / "metrics.jsonl").read_text(encoding="utf-8")
@@ -167,8 +174,7 @@ def test_their_evaluation(run: Cli, tmp_path: Path) -> None:
 
 def test_films_and_sheets_of_the_readme(run: Cli, tmp_path: Path) -> None:
     obey(run, ["vgan-train"])
-    section = TEXTS["README.md"].partition("## Drawing")[2].partition("\n## ")[0]
-    given = [words for words in commands_in(section) if "ckpt=outputs/shapes-attn-xs" in words]
+    given = [words for words in section("Drawing") if "ckpt=outputs/shapes-attn-xs" in words]
     names = [next(word[4:] for word in words if word.startswith("out=")) for words in given]
     assert names == ["film.webp", "attention.png", "patches.png", "classes.png"]
     for words in given:
@@ -182,7 +188,7 @@ def test_parts_of_ones_own_plug_in(run: Cli, workshop: Path, monkeypatch: pytest
     """The page's network, data set, optimizer and features; then its lines that load what came of it."""
     monkeypatch.chdir(workshop)
     monkeypatch.syspath_prepend(str(workshop))
-    words = next(words for words in commands_in(TEXTS["configuration.md"]) if "model=tower" in words)
+    words = next(words for words in commands_in(lines_of(TEXTS["configuration.md"])) if "model=tower" in words)
     small = [w for w in TINY if w != "data=shapes"]
     code, out, err = run.train(*words[1:], *small, "eval_kimg=0.032", "eval.n=20")
     assert code == 0, err
@@ -244,6 +250,11 @@ def test_the_tables_of_keys_say_what_the_schemas_say() -> None:
         for key, text in config.explained_keys(schema):
             assert f"| `{key}` |" in page
             assert text.replace("|", "\\|") in page
+
+
+def test_the_page_of_floors_is_the_house() -> None:
+    rows = re.findall(r"^\|[^|]*\| ((?:`\w+` ?)+)\|", TEXTS["architecture.md"], re.M)
+    assert [set(re.findall(r"\w+", row)) for row in rows] == FLOORS, "name every file of FLOORS in docs/architecture.md"
 
 
 def test_every_preset_has_its_recipe() -> None:
