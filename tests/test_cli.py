@@ -321,6 +321,23 @@ def test_ctrl_c_before_the_first_step_is_not_lost(run: Cli, monkeypatch: pytest.
     assert not Path("r/stats.jsonl").exists()
 
 
+def test_paths_that_hydra_cannot_read(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run.train(*TINY, "run_dir=~/a,b={0..9}/seed=0")[0] == 0
+    assert (tmp_path / "a,b={0..9}" / "seed=0" / "config.yaml").is_file()
+    assert run.sample("ckpt=~/a,b={0..9}/seed=0", "n=1", "device=cpu")[0] == 0
+    assert "it's: no such file or folder" in message(*run.sample("ckpt=~/it's"))
+    assert "cannot be understood" in message(*run.sample("ckpt={0..9}"), expect_code=2)
+
+
+def test_help_is_80_columns_wide(run: Cli) -> None:
+    mains = [main for name, main in vars(cli).items() if name.endswith("_main")]
+    assert len(mains) >= 7
+    for main in mains:
+        lines = run(main, "--help")[1].splitlines()
+        assert max(len(line) for line in lines if not line.startswith("  vgan-")) <= 80  # a command is not broken
+
+
 def test_keys_of_other_programs_are_understood(run: Cli) -> None:
     assert "did you mean total_kimg?" in message(*run.train("minutes=1"), expect_code=2)
     assert "did you mean label?" in message(*run.sample("class=3"), expect_code=2)

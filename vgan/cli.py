@@ -141,7 +141,8 @@ def _doctor(cfg: DictConfig) -> None:
     from vgan.doctor import doctor
 
     with _one_line_errors("vgan-doctor", TrainConfig):
-        sys.exit(doctor(cfg, list(HydraConfig.get().overrides.task)))
+        found_by = [word for word in sys.argv[1:] if word.startswith("--config-dir=")]
+        sys.exit(doctor(cfg, found_by + list(HydraConfig.get().overrides.task)))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="data")
@@ -158,10 +159,25 @@ def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> N
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(schema, intro))
         return
+    sys.argv[1:] = [_with_readable_path(word) for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here
     remember_interrupts()
     with _one_line_errors(program, schema):
         room()
+
+
+def _with_readable_path(word: str) -> str:
+    """KEY=PATH with quotes where Hydra's grammar has no room for the path: ~/pictures, model=sep,seed=0/best.pt, x{0..9}.tar."""
+    name, equals, value = word.partition("=")
+    if not equals or "/" not in value or word.startswith("-"):
+        return word
+    parser = OverridesParser.create()
+    quoted = value.replace("'", "\\'")
+    for text in (word, f"{name}='{quoted}'"):
+        with contextlib.suppress(HydraException):
+            parser.parse_override(text)
+            return text
+    return word
 
 
 @contextlib.contextmanager

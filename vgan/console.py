@@ -54,7 +54,7 @@ class TrainingBar:
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         self._bar.set_postfix_str(shown)
         if self._bar.disable:
-            share = 100 * self._now / self._total
+            share = min(100, 100 * self._now / self._total)  # the last batch may reach beyond
             left = f", {duration(left_s)} left" if self._now < self._total else ""
             print(f"{self._now:>11,} images ({share:3.0f} %)  {speed:,.0f} img/s{left}  {shown}", file=sys.stderr, flush=True)
         if left_s > LONG_S and not self._told:

@@ -39,7 +39,8 @@ EXPORT_INTRO = """vgan-export: a trained generator in a file that other programs
   vgan-export ckpt=outputs/mine to=onnx input=numbers               draws its own z: the pictures of vgan-sample seeds=...
   vgan-export ckpt=outputs/mine to=safetensors license=CC-BY-4.0    for load_generator("mine.safetensors")"""
 
-REPORT_INTRO = """vgan-report: a page about a run, or about several side by side, in one file that needs no network.
+REPORT_INTRO = """vgan-report: a page about a run, or about several side by side, in one file that
+needs no network.
 
   vgan-report run=outputs/mine                         writes outputs/mine/report.html
   vgan-report run=[outputs/a,outputs/b] out=compared.html"""
@@ -76,16 +77,24 @@ def help_text(schema: type, intro: str) -> str:
         for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir() and (schema is TrainConfig or p.name == "data")):
             for path in sorted(folder.glob("*.yaml")):
                 text = path.read_text(encoding="utf-8")
-                parts.append(f"  {f'{folder.name}={path.stem}':<22} {_first_comment(text)}")
+                parts.append(_entry(f"  {f'{folder.name}={path.stem}':<22} ", _first_comment(text)))
                 if folder.name == "data":
                     node = text.partition("\ndata:")[2].partition("\n\n")[0]
-                    parts += [f"      data.{name:<12} {why}" for name, why in re.findall(r"^  (\w+): .*?# (.*)$", node, re.M)]
+                    found = re.findall(r"^  (\w+): .*?# (.*)$", node, re.M)
+                    parts += [_entry(f"      data.{name:<12} ", why) for name, why in found]
         parts.append("")
     keys = explained_keys(schema)
     width = max(len(name) for name, _ in keys)
-    parts += ["Keys (KEY=VALUE):", *(f"  {name:<{width}}  {why}" for name, why in keys), ""]
+    parts += ["Keys (KEY=VALUE):", *(_entry(f"  {name:<{width}}  ", why) for name, why in keys), ""]
     parts.append("--cfg job prints every value that a command would use, and trains nothing.")
     return "\n".join(parts)
+
+
+def _entry(lead: str, text: str) -> str:
+    """Text behind its name, in lines of at most 80 columns."""
+    return textwrap.fill(
+        text, 80, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _first_comment(text: str) -> str:
@@ -99,6 +108,9 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)  # type: ignore[arg-type]
     text = " ".join(str(c) for c in causes)
+    unread = getattr(e, "override", None)  # of Hydra's parser
+    if unread:
+        return f"{unread}: cannot be understood; give KEY=VALUE, with quotes around what the shell would change"
     option = re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text)
     if option:
         return _no_such_option(option[1], option[2])
