@@ -8,6 +8,8 @@ const FILM = 48; // pictures from one end to the other of a film
 const RATE = 25; // frames a second of a film
 const zoom = Math.max(1, Math.floor(64 / side)); // of saved grids, as vgan-sample enlarges them
 
+const TOUCH = matchMedia("(pointer: coarse)").matches;
+
 let backend = null;
 let tiles = []; // of the grid: {number, label, drawn, button, canvas, heat}
 let chosen = 0; // which tile the stage shows while there is no way
@@ -138,8 +140,8 @@ function tell() {
   const last = tiles.at(-1).number, aim = way ? "" : nameOf(tiles[chosen]);
   $$("status").textContent = mixing ? `Now choose the picture to mix ${aim} with` : `Pictures ${tiles[0].number} to ${last}`;
   $$("hint").textContent = mixing ? "Choose another picture, or Esc."
-    : $$("attention").checked ? "Point at a place in a picture: what is bright is where the generator looked to draw it."
-      : way ? "The slider goes from one picture to the other." : "Drag a picture onto another to go from one to the other.";
+    : $$("attention").checked ? `${TOUCH ? "Tap" : "Point at"} a place in a picture: what is bright is where the generator looked to draw it.`
+      : way ? "The slider goes from one picture to the other." : TOUCH ? "Mix with ... goes from this picture to another." : "Drag a picture onto another to go from one to the other.";
 }
 
 function makeTiles(count) {
@@ -330,7 +332,7 @@ function drawHeat(canvas, drawn, row, column) {
   const most = looks.reduce((a, b) => Math.max(a, b), 1e-12), colours = new ImageData(w, h);
   looks.forEach((value, i) => {
     const t = value / most;
-    colours.data.set([255 * Math.min(1, 2.5 * t), 255 * Math.min(1, Math.max(0, 2.5 * t - 0.9)), 255 * Math.max(0, 4 * t - 3), 255 * 0.8 * Math.sqrt(t)], 4 * i);
+    colours.data.set([255 * Math.min(1, 2.5 * t), 255 * Math.min(1, Math.max(0, 2.5 * t - 0.9)), 255 * Math.max(0, 4 * t - 3), 255 * 0.85 * Math.sqrt(t)], 4 * i);
   });
   [pad.width, pad.height] = [w, h];
   pad.getContext("2d").putImageData(colours, 0, 0);
