@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import uvicorn
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
-from runs import train_in_process
+from runs import TINY, train_in_process
 from test_cli import Cli, message
 
 from vgan import checkpoint, cli, play, static_page
@@ -67,8 +68,9 @@ def model_of(artist: Artist, ckpt: Path) -> play.Model:
     return play.describe(artist.G, ckpt, checkpoint.load(ckpt), artist.attention, batch=8)
 
 
-@pytest.fixture(scope="module")
-def server(artist: Artist, ckpt: Path) -> Iterator[str]:
+@contextmanager
+def serving(artist: Artist, ckpt: Path) -> Iterator[str]:
+    """The address of a server in a thread of this process."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         app = application(artist, model_of(artist, ckpt), local=True)
         served = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
@@ -77,6 +79,12 @@ def server(artist: Artist, ckpt: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         served.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(artist: Artist, ckpt: Path) -> Iterator[str]:
+    with serving(artist, ckpt) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +257,9 @@ class TestPage:
         page.click("#play")
         assert page.inner_text("#play") == "Play"
         assert 0.1 < float(page.input_value("#at")) < 0.99
+        for button in page.locator("#stage button:visible").all():
+            box = button.bounding_box()
+            assert box["x"] + box["width"] <= SIZES[size][0], button.inner_text()
         page.keyboard.press("Escape")
         assert not page.locator("#way").is_visible()
         assert page.inner_text("#caption") == "1 square"
@@ -339,14 +350,8 @@ def test_what_went_wrong_is_said_in_one_line(
     page.goto(folder.as_uri() + "/index.html")
     page.locator("#error").wait_for()
     assert page.inner_text("#error") == "this browser has no WebAssembly; use a current one, or vgan-demo"
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = application(artist, model_of(artist, ckpt), local=True)
-        served = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=served.run, args=([listening],))
-        thread.start()
-        page = open_page(f"http://127.0.0.1:{listening.getsockname()[1]}")
-        served.should_exit = True
-        thread.join()
+    with serving(artist, ckpt) as address:
+        page = open_page(address)
     page.click("#new")
     page.locator("#error").wait_for()
     assert page.inner_text("#error") == "vgan-demo does not answer; start it again, then choose New pictures"
@@ -355,6 +360,24 @@ def test_what_went_wrong_is_said_in_one_line(
 
 
 # --- without a browser ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.browser
+@WITHOUT_CHROMIUM
+def test_a_grey_model_without_classes_or_attention(open_page: Any, tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 1), dtype=np.uint8)
+    np.save(tmp_path / "grey.npy", grey)
+    tiny = [o for o in TINY if not o.startswith("data")] + ["data=folder", "data.resolution=16", "total_kimg=0.04"]
+    train_in_process(tmp_path / "r", f"data.path={tmp_path / 'grey.npy'}", "model=plain", tiny=tiny)
+    path = checkpoint.find(tmp_path / "r")
+    artist = Artist(restore_generator(checkpoint.load(path), torch.device("cpu")), seed=3, precision="fp32")
+    assert artist.attention is None
+    with serving(artist, path) as address:
+        page = open_page(address)
+        assert close(pixels(tile(page, 7)), expected(artist, 7)[0])
+        assert [page.locator(f"#{name}-box").is_visible() for name in ("label", "attention")] == [False, False]
+        drag(page, 1, 3)
+        assert page.inner_text("#caption") == "50% 1, 50% 3"
 
 
 def ask(server: str, path: str = "", body: bytes | None = None, **headers: str) -> tuple[int, bytes, Any]:
@@ -399,6 +422,7 @@ def test_the_server_sends_pixels_and_attention(server: str, artist: Artist) -> N
         ("draw?n=1", b"1234", {}, "body: must have 288 bytes for n=1, has 4"),
         ("draw?n=1", b"\0" * 289, {}, "body: must have at most 288 bytes"),
         ("draw?n=1", np.full(72, np.nan, "<f4").tobytes(), {}, "body: every number must be finite"),
+        ("", None, {"Host": "[::1"}, "Host: this vgan-demo answers"),
         ("", None, {"Host": "evil.example"}, "Host: this vgan-demo answers to 127.0.0.1 and localhost only"),
         ("latents", b"[1]", {"Origin": "http://evil.example"}, "Origin: another site's page may not ask"),
     ],

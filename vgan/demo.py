@@ -1,7 +1,10 @@
 """vgan-demo's room: a page to play with a model, drawn by this machine."""
 
 import asyncio
+import errno
 import json
+import os
+import re
 import socket
 import threading
 import webbrowser
@@ -64,7 +67,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"host={host}: no such address ({e.strerror}); use 127.0.0.1, or 0.0.0.0 for all networks") from e
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if socket.SO_REUSEADDR and hasattr(socket, "AF_UNIX"):  # on Windows the option would share the port
+        if os.name != "nt":  # where the option would share the port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen()
@@ -72,7 +75,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         if isinstance(e, PermissionError):
             raise UserError(f"port={port}: may not be used by you; give one above 1023, or port=0 for any free one") from e
-        if e.errno in (98, 48, 10048):  # EADDRINUSE on Linux, macOS, Windows
+        if e.errno == errno.EADDRINUSE:
             raise UserError(f"port={port}: is in use; give another, or port=0 for any free one") from e
         raise UserError(f"host={host}: cannot be listened on ({e.strerror}); use 127.0.0.1") from e
     return listening
@@ -153,7 +156,7 @@ def application(artist: Artist, model: play.Model, local: bool) -> Any:
     Another web site could point a name of its own at 127.0.0.1 and so read the answers; such a request carries that name.
     """
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 
@@ -161,8 +164,8 @@ def application(artist: Artist, model: play.Model, local: bool) -> Any:
     headers = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-store"}
 
     def checked(request: Request) -> None:
-        host = request.url.hostname or ""
-        if local and host not in _LOOPBACK:
+        host = re.sub(r":\d+$", "", request.headers.get("host", ""))
+        if local and host.strip("[]") not in _LOOPBACK:
             raise BadRequest("Host: this vgan-demo answers to 127.0.0.1 and localhost only")
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
@@ -208,4 +211,4 @@ def application(artist: Artist, model: play.Model, local: bool) -> Any:
         Route("/latents", send_latents, methods=["POST"]),
         Route("/draw", send_pictures, methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={BadRequest: refuse})
+    return Starlette(routes=routes, exception_handlers={BadRequest: refuse, ClientDisconnect: refuse})

@@ -111,7 +111,7 @@ def _export_page(cfg: DictConfig, path: Path, parts: dict[str, Any], G: nn.Modul
     runtime = static_page.find_runtime(cfg.runtime, default_cache_dir())
     generator, attention = generator_onnx(G)
     told_parity = _parity(G, FromLatent(G), "z", cfg.seed, _onnx_run(generator), cfg.to)
-    model = play.describe(G, path, parts, attention, static_page.BATCH)
+    model = play.describe(G, path, parts, attention, static_page.BATCH, cfg.license)
     size = static_page.write_page(out, model, {"latents": latents_onnx(G, cfg.seed), "generator": generator}, runtime)
     print(f"{out / 'index.html'}  {size / 1e6:,.1f} MB in all, {told_parity}")
     return out

@@ -38,18 +38,26 @@ class Model:
     labels: tuple[str, ...]
     attention: tuple[int, int, int] | None
     batch: int
+    license: str | None = None  # of the weights
 
     def values_a_picture(self) -> int:
         """Numbers that go in: a latent and a class vector."""
         return self.z_dim + len(self.labels)
 
 
-def describe(G: nn.Module, path: Path, parts: dict[str, Any], attention: tuple[int, int, int] | None, batch: int) -> Model:
+def describe(
+    G: nn.Module,
+    path: Path,
+    parts: dict[str, Any],
+    attention: tuple[int, int, int] | None,
+    batch: int,
+    license: str | None = None,
+) -> Model:
     """The model of the checkpoint at `path`, with these parts."""
     labels: tuple[str, ...] = G.label_names if G.label_dim else ()  # type: ignore[assignment]
     title = path.resolve().parent.name or path.stem
     sizes: tuple[int, int, int] = G.img_resolution, G.img_channels, G.z_dim  # type: ignore[assignment]
-    return Model(title, int(parts["cur_nimg"]), *sizes, labels, attention, batch)
+    return Model(title, int(parts["cur_nimg"]), *sizes, labels, attention, batch, license)
 
 
 def render(model: Model, backend: str, scripts: Sequence[str] = ()) -> str:
@@ -63,7 +71,8 @@ def render(model: Model, backend: str, scripts: Sequence[str] = ()) -> str:
         policy=_POLICY.format(style=_digest(style), script=before + _digest(script)) + after,
         title=escape(model.title),
         what=f"{model.resolution} px pictures{classes}, after {model.seen:,} images of training",
-        by=f"{'Drawn in this browser' if backend == 'static' else 'Drawn by vgan-demo'}, vgan {escape(vgan.__version__)}",
+        by=f"{'Drawn in this browser' if backend == 'static' else 'Drawn by vgan-demo'}, vgan {escape(vgan.__version__)}"
+        + (f"; terms of the weights: {escape(model.license)}" if model.license else ""),
         info=json.dumps(info).replace("<", "\\u003c"),  # a name cannot end the element that holds it
         sources="".join(f'<script src="{name}"></script>\n' for name in scripts),
         style=style,
