@@ -489,7 +489,7 @@ def test_demo_starts_says_where_and_ends_on_ctrl_c(run: Cli, ckpt: Path, monkeyp
     monkeypatch.setattr(uvicorn.Server, "run", interrupt)
     code, out, err = run(cli.demo_main, f"ckpt='{ckpt}'", "port=0", "device=cpu")
     assert (code, err) == (0, "")
-    assert re.match(r"http://127\.0\.0\.1:\d+  shows .*; Ctrl-C ends it\nvgan-demo: ended\n$", out)
+    assert re.match(r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.pt\nvgan-demo: ended\n$", out)
 
 
 def test_demo_errors_are_one_line(run: Cli, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def demo(cfg: DictConfig) -> None:
         app = application(artist, model, local=cfg.host in _LOOPBACK)
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"{url}  shows {path}; Ctrl-C ends it", flush=True)
+        print(f"{url}  Ctrl-C ends it\n{path}", flush=True)
         if cfg.open:
             threading.Timer(0.5, webbrowser.open, [url]).start()
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=2))
