@@ -25,18 +25,18 @@ FLOORS = [
         "schedules",
         "watchdog",
     },
-    {"build", "checkpoint", "features", "stats", "steps", "usage"},
-    {"attention", "drawing", "parallel", "runlog", "writer"},
+    {"build", "checkpoint", "features", "play", "stats", "steps", "usage"},
+    {"attention", "drawing", "parallel", "runlog", "static_page", "writer"},
     {"evaluate", "run"},
     {"resume", "trial", "watching"},
-    {"datasets", "export", "report", "sample", "speed", "train"},
+    {"datasets", "demo", "export", "report", "sample", "speed", "train"},
     {"doctor"},
     {"cli"},
 ]
 GROUND = {"data": "source", "models": "layers"}  # the file of a folder that its neighbours may import
 ALLOWED = {
     "hydra": {"build", "cli"},
-    "omegaconf": {"config", "build", "cli", "datasets", "doctor", "evaluate", "export", "report", "sample", "train"},
+    "omegaconf": {"config", "build", "cli", "datasets", "demo", "doctor", "evaluate", "export", "report", "sample", "train"},
     "tensorboard": {"stats"},
 }
 

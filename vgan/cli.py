@@ -16,11 +16,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan.config import CONFIG_DIR, DataConfig, DataNode, EvalConfig, ExportConfig, ReportConfig, SampleConfig, TrainConfig
+from vgan.config import (
+    CONFIG_DIR,
+    DataConfig,
+    DataNode,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    ReportConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped, remember_interrupts, was_interrupted, was_training
 from vgan.usage import (
     DATA_INTRO,
+    DEMO_INTRO,
     DOCTOR_INTRO,
     EVAL_INTRO,
     EXPORT_INTRO,
@@ -38,6 +49,7 @@ _STORE.store(name="eval_schema", node=EvalConfig)
 _STORE.store(name="export_schema", node=ExportConfig)
 _STORE.store(name="report_schema", node=ReportConfig)
 _STORE.store(name="data_schema", node=DataNode)
+_STORE.store(name="demo_schema", node=DemoConfig)
 
 
 def train_main() -> None:
@@ -75,6 +87,11 @@ def data_main() -> None:
     if len(sys.argv) > 1 and re.fullmatch(r"\w+", sys.argv[1]):  # the first word may say what to do
         sys.argv[1] = f"do={sys.argv[1]}"
     _open("vgan-data", DataConfig, _data, DATA_INTRO)
+
+
+def demo_main() -> None:
+    """vgan-demo"""
+    _open("vgan-demo", DemoConfig, _demo, DEMO_INTRO)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -151,6 +168,14 @@ def _data(cfg: DictConfig) -> None:
 
     with _one_line_errors("vgan-data", DataConfig):
         sys.exit(data(cfg))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="demo")
+def _demo(cfg: DictConfig) -> None:
+    from vgan.demo import demo
+
+    with _one_line_errors("vgan-demo", DemoConfig):
+        demo(cfg)
 
 
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:

@@ -19,7 +19,7 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PENALTIES = ("forward", "exact", "difference")
 METRICS = ("fid", "kid", "is", "pr", "diversity", "classes", "copies")
-EXPORTS = ("onnx", "safetensors", "pt2", "torchscript")
+EXPORTS = ("onnx", "safetensors", "pt2", "torchscript", "html")
 MOTIONS = ("interpolate", "classes", "walk")
 SHOWN = ("pictures", "attention", "patches")
 BEST_BY = ("fid", "kid", "is", "precision", "recall")
@@ -197,11 +197,26 @@ class ExportConfig:
     """Everything that vgan-export reads."""
 
     ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
-    to: str = key("onnx, safetensors (weights), pt2 (torch.export) or torchscript")
-    out: str | None = key("the file; null: named after the checkpoint")
+    to: str = key("onnx, safetensors (weights), pt2 (torch.export), torchscript, or html (a page that draws in the browser)")
+    out: str | None = key("the file, or the folder of to=html; null: named after the checkpoint")
     input: str = key("z (latents, and one-hot c) or numbers (those of vgan-sample's pictures, and labels)")
-    seed: int = key("input=numbers: the series that they count")
+    seed: int = key("input=numbers and to=html: the series that they count")
     license: str | None = key("under which terms the weights may be used; written into the file")
+    runtime: str | None = key("to=html: the folder dist of the npm package onnxruntime-web; null: fetched by npm, once")
+
+
+@dataclass
+class DemoConfig:
+    """Everything that vgan-demo reads."""
+
+    ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
+    host: str = key("the address to answer at; 127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it")
+    port: int = key("of the address; 0: any free one")
+    open: bool = key("open the page in the browser")
+    seed: int = key("the series that the page's numbers count, as vgan-sample's")
+    batch_size: int = key("pictures a pass, at most 64")
+    device: str = key("auto, cpu, cuda, cuda:1, mps")
+    precision: str = key("auto, fp32, tf32, bf16 or fp16; auto is fp32 on a CPU and bf16 on GPUs that multiply it fast")
 
 
 @dataclass
@@ -361,6 +376,14 @@ def validate_sample(cfg: Any) -> None:
     require(cfg.show in SHOWN, "show", cfg.show, f"must be one of {', '.join(SHOWN)}")
     require(cfg.show == "pictures" or cfg.motion is None, "show", cfg.show, "goes with motion=null")
     require(cfg.query is None or cfg.show == "attention", "query", cfg.query, "goes with show=attention")
+
+
+def validate_demo(cfg: Any) -> None:
+    """What the types of a DemoConfig cannot say; raises UserError naming key, value and rule."""
+    require(0 <= cfg.port <= 65535, "port", cfg.port, "must be from 0 to 65535")
+    require(0 < cfg.batch_size <= 64, "batch_size", cfg.batch_size, "must be from 1 to 64")
+    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
+    require(cfg.precision in PRECISIONS, "precision", cfg.precision, f"must be one of {', '.join(PRECISIONS)}")
 
 
 def validate_data(cfg: Any) -> None:

@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import vgan
-from vgan import checkpoint
+from vgan import checkpoint, play, static_page
 from vgan.config import validate_export
+from vgan.data.store import default_cache_dir
 from vgan.drawing import latents, restore_generator, save_safetensors
 from vgan.errors import UserError
 from vgan.evaluate import read_records
@@ -84,6 +85,8 @@ def export(cfg: DictConfig) -> Path:
     validate_export(cfg)
     path, parts = checkpoint.load_newest(cfg.ckpt)
     G = restore_generator(parts, torch.device("cpu"))
+    if cfg.to == "html":
+        return _export_page(cfg, path, parts, G)
     out = Path(cfg.out).expanduser() if cfg.out else Path(path.stem + ENDINGS[cfg.to])
     if out.suffix.lower() != ENDINGS[cfg.to]:
         raise UserError(f"out={cfg.out}: must end in {ENDINGS[cfg.to]} for to={cfg.to}")
@@ -99,6 +102,18 @@ def export(cfg: DictConfig) -> Path:
         told_parity = _parity(G, program, cfg.input, cfg.seed, run, cfg.to)
     write_atomically(out, content)
     print(f"{out}  {len(content) / 1e6:,.1f} MB, {told_parity}")
+    return out
+
+
+def _export_page(cfg: DictConfig, path: Path, parts: dict[str, Any], G: nn.Module) -> Path:
+    out = Path(cfg.out or path.stem).expanduser()
+    static_page.check_out(out)
+    runtime = static_page.find_runtime(cfg.runtime, default_cache_dir())
+    generator, attention = generator_onnx(G)
+    told_parity = _parity(G, FromLatent(G), "z", cfg.seed, _onnx_run(generator), cfg.to)
+    model = play.describe(G, path, parts, attention, static_page.BATCH, cfg.license)
+    size = static_page.write_page(out, model, {"latents": latents_onnx(G, cfg.seed), "generator": generator}, runtime)
+    print(f"{out / 'index.html'}  {size / 1e6:,.1f} MB in all, {told_parity}")
     return out
 
 
@@ -202,13 +217,18 @@ def _first_line(e: Exception) -> str:
 
 
 def _onnx(program: nn.Module, inputs: dict[str, Tensor], told: dict[str, str]) -> tuple[bytes, Run]:
+    content = to_onnx(program, inputs, ["images"], told)
+    return content, _onnx_run(content)
+
+
+def _onnx_run(content: bytes) -> Run:
+    """The first output of a graph, by onnxruntime."""
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
         raise UserError("to=onnx: needs onnxruntime, to compare the pictures; pip install vgan[export]") from e
-    content = to_onnx(program, inputs, ["images"], told)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda given: session.run(None, {name: value.numpy() for name, value in given.items()})[0]
+    return lambda given: session.run(None, {name: value.numpy() for name, value in given.items()})[0]
 
 
 def _pt2(program: nn.Module, inputs: dict[str, Tensor], told: dict[str, str]) -> tuple[bytes, Run]:

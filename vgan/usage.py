@@ -37,7 +37,8 @@ EXPORT_INTRO = """vgan-export: a trained generator in a file that other programs
 
   vgan-export ckpt=outputs/mine to=onnx out=mine.onnx               for onnxruntime, browsers, other languages
   vgan-export ckpt=outputs/mine to=onnx input=numbers               draws its own z: the pictures of vgan-sample seeds=...
-  vgan-export ckpt=outputs/mine to=safetensors license=CC-BY-4.0    for load_generator("mine.safetensors")"""
+  vgan-export ckpt=outputs/mine to=safetensors license=CC-BY-4.0    for load_generator("mine.safetensors")
+  vgan-export ckpt=outputs/mine to=html out=page/                   a page to play with it, drawn in the browser"""
 
 REPORT_INTRO = """vgan-report: a page about a run, or about several side by side, in one file that
 needs no network.
@@ -67,6 +68,14 @@ DATA_INTRO = """vgan-data: look at a data set, or pack it ahead of time.
   vgan-data info data=folder data.path=pictures sheet=contact.png
   vgan-data check data=folder data.path=pictures   every problem file; exit code 1 if some cannot be read
   vgan-data pack data=folder data.path=pictures data.resolution=64"""
+
+
+DEMO_INTRO = """vgan-demo: a page to play with a model, drawn by this machine.
+
+  vgan-demo ckpt=outputs/mine                        then open http://127.0.0.1:7860
+  vgan-demo ckpt=outputs/mine port=0 open=true       any free port, and the browser opened
+
+vgan-export to=html writes the same page as files that need no server."""
 
 
 def help_text(schema: type, intro: str) -> str:
