@@ -55,12 +55,14 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-DOCTOR_INTRO = """vgan-doctor: what to know before a run: the machine, the data, the disk, the speed. Writes nothing into run_dir.
+DOCTOR_INTRO = """vgan-doctor: what to know before a run: the machine, the data, the disk, the
+speed. Writes nothing into run_dir.
 
   vgan-doctor                                        the embedded shapes
   vgan-doctor data=folder data.path=pictures run_dir=outputs/mine
 
-Takes what vgan-train takes and ends with the command to give. Exit code 1: training would stop."""
+Takes what vgan-train takes and ends with the command to give. Exit code 1:
+training would stop."""
 
 
 DATA_INTRO = """vgan-data: look at a data set, or pack it ahead of time.
