@@ -95,6 +95,18 @@ def test_every_kind_takes_a_model_without_classes(without_classes: Path, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
+@pytest.mark.parametrize("to", ["pt2", "torchscript"])
+def test_numbers_and_labels_in_torchs_own_kinds(ckpt: Path, tmp_path: Path, to: str) -> None:
+    out = run(ckpt, f"to={to}", "input=numbers", "seed=5", f"out={tmp_path / 'g'}{vgan.export.ENDINGS[to]}")
+    numbers, labels = torch.tensor([0, 9, 2**40 + 1]), torch.tensor([1, 0, 7])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of TorchScript itself
+        read = torch.jit.load(str(out)) if to == "torchscript" else torch.export.load(out).module()
+        images = read(numbers, labels)
+    ours = draw(load_generator(ckpt, device="cpu"), numbers, 5, labels)
+    assert (to_uint8(images).int() - ours.int()).abs().max() <= 1
+
+
 def test_safetensors_are_read_and_hold_what_makes_the_network(ckpt: Path, tmp_path: Path) -> None:
     out = run(ckpt, "to=safetensors", f"out={tmp_path / 'g.safetensors'}")
     ours, theirs = load_generator(ckpt, device="cpu"), load_generator(out, device="cpu")

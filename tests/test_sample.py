@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from PIL import Image
+from PIL import Image, ImageSequence
 from runs import train_in_process
 
 from vgan import checkpoint, load_generator
-from vgan.attention import look, verdicts
+from vgan.attention import Look, attention_sheet, look, verdict_sheet, verdicts
 from vgan.config import CONFIG_DIR
-from vgan.drawing import draw, latents, load_discriminator
+from vgan.drawing import draw, latents, load_discriminator, render
 from vgan.errors import UserError
 from vgan.motion import slerp, through, walk
+from vgan.movies import KINDS, write_movie
 from vgan.sample import parse_seeds, sample
 
 
@@ -102,6 +103,77 @@ def test_a_film_shows_the_frames(ckpt: Path, tmp_path: Path, kind: str) -> None:
     for ours, theirs in zip(frames, shown):
         difference = np.abs(ours.astype(int) - theirs).mean()
         assert difference == 0 if kind == "webp" else difference < 12  # 256 colours; half the resolution of colour
+
+
+def test_a_film_has_its_frames_in_their_order(tmp_path: Path) -> None:
+    frames = np.stack([np.full((16, 32, 3), level, np.uint8) for level in (10, 60, 110, 160, 210, 250)])
+    for kind in KINDS:
+        path = tmp_path / f"x{kind}"
+        write_movie(path, frames, fps=10, zoom=2)
+        if kind == ".mp4":
+            with av.open(str(path)) as container:
+                shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        else:
+            with Image.open(path) as image:
+                shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+        assert [frame.shape for frame in shown] == [(32, 64, 3)] * 6
+        assert np.abs(np.array([frame.mean() for frame in shown]) - frames.mean((1, 2, 3))).max() < 4
+
+
+def test_classes_are_gone_through_in_straight_lines(ckpt: Path, tmp_path: Path) -> None:
+    G = load_generator(ckpt, device="cpu")
+    out = run(ckpt, "motion=classes", "label=[2,5]", "frames=2", "seeds=4", f"out={tmp_path / 'x.npy'}")
+    z, _ = latents(G, torch.tensor([4]), seed=0)
+    eye = torch.eye(8)
+    c = torch.stack([eye[2], (eye[2] + eye[5]) / 2, eye[5], (eye[2] + eye[5]) / 2])
+    expected = render(G, z.expand(4, -1), c).permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.load(out).astype(int) - expected).max() <= 1
+    ending = run(ckpt, "motion=classes", "label=[2,5]", "frames=2", "seeds=4", "loop=false", f"out={tmp_path / 'y.npy'}")
+    assert len(np.load(ending)) == 3
+
+
+def test_truncation_goes_to_the_mean(ckpt: Path, tmp_path: Path) -> None:
+    G = load_generator(ckpt, device="cpu")
+    z, c = latents(G, torch.arange(3), seed=0)
+    for truncation in (0.0, 0.5):
+        shown = np.load(run(ckpt, "n=3", f"truncation={truncation}", f"out={tmp_path / 'x.npy'}"))
+        assert np.abs(shown.astype(int) - render(G, truncation * z, c).permute(0, 2, 3, 1).numpy()).max() <= 1
+    film = ("motion=walk", "frames=1", "label=3", "truncation=0", f"out={tmp_path / 'y.npy'}")
+    assert (np.load(run(ckpt, *film)) == np.load(run(ckpt, *film))[:1]).all()
+
+
+def test_a_number_asked_for_twice_is_drawn_twice(ckpt: Path, tmp_path: Path) -> None:
+    folder = run(ckpt, "seeds=[1,1,1]", "label=[0,1,0]", f"out={tmp_path / 'f.d'}/x")
+    assert sorted(p.name for p in folder.iterdir()) == ["000001-2.png", "000001-3.png", "000001.png"]
+    assert (folder / "000001.png").read_bytes() == (folder / "000001-3.png").read_bytes()
+    assert (folder / "000001.png").read_bytes() != (folder / "000001-2.png").read_bytes()
+    run(ckpt, "n=1", f"out={tmp_path / 'f.d'}")  # a folder that is there may have a dot in its name
+    assert (tmp_path / "f.d" / "000000.png").is_file()
+
+
+def test_a_map_shows_heat_where_it_looks_and_red_where_it_looks_fake() -> None:
+    images = torch.full((2, 3, 16, 16), 128, dtype=torch.uint8)
+    weights = torch.zeros(2, 1, 4, 4, 4, 4)
+    weights[:, :, 2, 3, 0, 1] = 1.0  # from row 2, column 3, all of it to row 0, column 1
+    weights[:, :, 0, 0, 3, 3] = 1.0
+    effect = torch.zeros(2, 4, 4)
+    effect[:, 2, 3] = 5.0
+    gates = torch.zeros(2, 1, 4, 4)
+    gates[:, :, 1, 2] = -1.0
+    layer = Look(weights, gates, effect)
+    assert layer.strongest().tolist() == [[2, 3], [2, 3]]
+    sheet = attention_sheet(images, [layer]).astype(int)
+    heat, gate = sheet[18:114, 104:200], sheet[18:114, 204:300]
+    assert np.unravel_index(heat[:, :, 0].argmax(), (96, 96))[0] < 24  # the hottest place
+    assert heat[12, 36, 0] > heat[84, 84, 0] + 60  # not where the other position looks
+    assert (heat[48, 72:96] == (90, 230, 255)).all()  # the frame's upper edge
+    assert gate[36, 60, 2] > gate[36, 60, 0] + 60  # below 0 is blue
+    logits = torch.zeros(2, 4, 4)
+    logits[0, 1, 1], logits[1, 1, 1] = -3.0, 3.0
+    verdict = verdict_sheet(images, logits).astype(int)
+    first, second = verdict[18 + 36, 104 + 36], verdict[118 + 36, 104 + 36]
+    assert first[0] > first[2] + 60  # below the mean of its place: red
+    assert second[2] > second[0] + 60
 
 
 def test_slerp_keeps_lengths_and_turns_steadily() -> None:
@@ -199,6 +271,12 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
         (["show=patches", "motion=walk"], "show=patches: goes with motion=null"),
         (["query=[1,1]"], "goes with show=attention"),
         (["show=attention", "query=[16,0]"], "in pixels from 0 to 15"),
+        (["motion=walk", "loop=false", "out=x.gif"], "loop=False: goes with motion=interpolate"),
+        (["motion=walk", "frames=1", "zoom=2000", "out=x.webp"], r"out=x.webp: frames of 32000 x 32000 px are larger"),
+        (["show=attention", "n=65"], "draws at most 64 pictures"),
+        (["show=attention", "zoom=2"], "zoom=2: goes with show=pictures"),
+        (["seeds=0-10000000"], "seeds=0-10000000: names more than 10,000,000"),
+        (["out=.png"], "out=.png: has no name before its ending"),
         (["fps=0"], "fps=0.0: must be from 1 to 100"),
     ],
 )

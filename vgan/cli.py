@@ -233,7 +233,8 @@ def _one_line_errors(program: str, schema: type) -> Iterator[None]:
     except (MemoryError, RuntimeError, ImportError, SystemError) as e:
         if not is_out_of_memory(e) and not was_interrupted():
             raise
-        _fail(program, "out of memory; try a smaller batch_size, size=s or size=xs, or a lower data.resolution", 1)
+        smaller = "size=s or size=xs, or a lower data.resolution" if program == "vgan-train" else "or fewer pictures"
+        _fail(program, f"out of memory; try a smaller batch_size, {smaller}", 1)
     except Stopped as e:
         print(f"{program}: {e.text}")
         raise SystemExit(e.code) from None  # said once, not again further out

@@ -199,7 +199,7 @@ class ExportConfig:
     ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
     to: str = key("onnx, safetensors (weights), pt2 (torch.export), torchscript, or html (a page that draws in the browser)")
     out: str | None = key("the file, or the folder of to=html; null: named after the checkpoint")
-    input: str = key("z (latents, and one-hot c) or numbers (those of vgan-sample's pictures, and labels)")
+    input: str = key("z (latents, and one-hot c) or numbers (of vgan-sample's pictures, and labels; torchscript on CPUs only)")
     seed: int = key("input=numbers and to=html: the series that they count")
     license: str | None = key("under which terms the weights may be used; written into the file")
     runtime: str | None = key("to=html: the folder dist of the npm package onnxruntime-web; null: fetched by npm, once")
@@ -375,6 +375,9 @@ def validate_sample(cfg: Any) -> None:
     require(cfg.motion in (None, *MOTIONS), "motion", cfg.motion, f"must be one of {', '.join(MOTIONS)}, or null")
     require(cfg.show in SHOWN, "show", cfg.show, f"must be one of {', '.join(SHOWN)}")
     require(cfg.show == "pictures" or cfg.motion is None, "show", cfg.show, "goes with motion=null")
+    require(cfg.loop or cfg.motion != "walk", "loop", cfg.loop, "goes with motion=interpolate or classes; a walk always closes")
+    for name in ("columns", "zoom"):
+        require(cfg[name] is None or cfg.show == "pictures", name, cfg[name], "goes with show=pictures")
     require(cfg.query is None or cfg.show == "attention", "query", cfg.query, "goes with show=attention")
 
 

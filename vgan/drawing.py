@@ -138,7 +138,8 @@ def render(G: nn.Module, z: Tensor, c: Tensor, precision: str = "fp32") -> Tenso
 def draw(
     G: nn.Module, index: Tensor, seed: int, label: int | Tensor | None = None, truncation: float = 1.0, precision: str = "fp32"
 ) -> Tensor:
-    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone.
+    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone,
+    but for single values rounded otherwise in another batch size.
 
     label and truncation as in `latents`.
     """

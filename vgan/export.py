@@ -75,9 +75,10 @@ class FromNumbers(nn.Module):
 
     def forward(self, numbers: Tensor, labels: Tensor | None = None) -> Tensor:
         z = self.latents(numbers)
+        if labels is None:
+            return self.G(z, z.new_zeros(z.shape[0], 0))
         # one-hot by comparison: every exporter knows it
-        c = z.new_zeros(z.shape[0], 0) if labels is None else (labels[:, None] == torch.arange(self.label_dim)).float()
-        return self.G(z, c)
+        return self.G(z, (labels[:, None] == torch.arange(self.label_dim, device=labels.device)).float())
 
 
 def export(cfg: DictConfig) -> Path:
@@ -129,7 +130,7 @@ def metadata(path: Path, parts: dict[str, Any], license: str | None) -> dict[str
         "labels": json.dumps(list(parts["data"]["labels"])),
         "data": json.dumps({k: parts["data"][k] for k in ("name", "digest")}),
         "images_seen": str(parts["cur_nimg"]),
-        "range": "images in [-1, 1], black to white, RGB; z ~ N(0, I)",
+        "range": f"images in [-1, 1], black to white, {'RGB' if parts['sizes']['img_channels'] == 3 else 'grey'}; z ~ N(0, I)",
         "config": json.dumps(config),
         "license": license or "not stated",
     }

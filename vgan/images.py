@@ -23,7 +23,7 @@ def grid(images: Tensor, columns: int | None = None) -> np.ndarray:
     columns defaults to the smallest square-ish grid that is at least as wide as high; empty places are black.
     """
     n, channels, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
     tiles = np.zeros((rows * columns, height, width, channels), np.uint8)
     tiles[:n] = images.permute(0, 2, 3, 1).cpu().numpy()

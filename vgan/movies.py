@@ -13,6 +13,7 @@ from vgan.errors import UserError
 from vgan.files import write_atomically
 
 KINDS = (".gif", ".webp", ".mp4")
+_MOST_PX = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # a side
 _PALETTE_FRAMES = 16  # of which the colours of a GIF are chosen
 
 
@@ -23,6 +24,16 @@ def require_writer(path: Path) -> None:
             import av  # noqa: F401
         except ModuleNotFoundError as e:
             raise UserError(f"out={path}: mp4 needs PyAV; pip install vgan[video], or give a name ending in .webp or .gif") from e
+
+
+def require_size(path: Path, height: int, width: int) -> None:
+    """Raise UserError for frames that the kind cannot hold."""
+    most = _MOST_PX[path.suffix.lower()]
+    if max(height, width) > most:
+        fix = "give a smaller zoom, or fewer tiles or columns"
+        raise UserError(
+            f"out={path}: frames of {width} x {height} px are larger than {path.suffix[1:]} allows ({most} px); {fix}"
+        )
 
 
 def write_movie(path: Path, frames: np.ndarray, fps: float, zoom: int = 1) -> None:
@@ -37,14 +48,14 @@ def write_movie(path: Path, frames: np.ndarray, fps: float, zoom: int = 1) -> No
         content = _mp4(enlarged, fps)
     else:
         pictures: Iterable[Image.Image] = map(Image.fromarray, enlarged)
-        options = {"duration": round(100 / fps) * 10, "loop": 0} if kind == ".gif" else {"duration": round(1000 / fps), "loop": 0}
+        # browsers show a GIF of less than 20 ms a frame at 100 ms
+        options = {"duration": max(2, round(100 / fps)) * 10 if kind == ".gif" else round(1000 / fps), "loop": 0}
         if kind == ".gif":
             pictures = _with_one_palette(pictures, frames)
         else:
             options |= {"lossless": True, "quality": 50}
-        first, *rest = pictures
-        buffer = io.BytesIO()
-        first.save(buffer, format=kind[1:].upper(), save_all=True, append_images=rest, **options)  # type: ignore[arg-type]
+        waiting, buffer = iter(pictures), io.BytesIO()
+        next(waiting).save(buffer, format=kind[1:].upper(), save_all=True, append_images=waiting, **options)  # type: ignore[arg-type]
         content = buffer.getvalue()
     write_atomically(path, content)
 

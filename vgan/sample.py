@@ -1,11 +1,13 @@
 """vgan-sample's room: pictures, films and maps of attention from a checkpoint."""
 
 import io
+import math
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +28,8 @@ from vgan.images import enlarge, grid, zoom_for
 
 STILLS = (".png", ".npy", ".zip")
 STOPS = 8  # pictures that a film passes through, where nothing is said
-ROWS = 8  # of a sheet of attention
+ROWS, MOST_ROWS = 8, 64  # of a sheet of attention
+MOST_SEEDS = 10_000_000
 
 
 def parse_seeds(seeds: Any) -> list[int]:
@@ -35,8 +38,10 @@ def parse_seeds(seeds: Any) -> list[int]:
     for part in seeds if isinstance(seeds, (list, tuple, ListConfig)) else [seeds]:
         found = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", str(part).strip(), re.ASCII)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not 0 <= last - first < 10_000_000:
+        if last < first:
             raise UserError(f"seeds={seeds}: must be numbers and ranges, such as 7, 0-15 or [0-15,40]")
+        if last - first >= MOST_SEEDS:
+            raise UserError(f"seeds={seeds}: names more than {MOST_SEEDS:,} pictures; give fewer at a time")
         numbers += range(first, last + 1)
     if not numbers:
         raise UserError(f"seeds={seeds}: must name at least one, such as 7, 0-15 or [0-15,40]")
@@ -47,6 +52,7 @@ def parse_label(label: Any, names: tuple[str, ...]) -> int:
     """The class that a number or a name means; raises UserError for an unknown one."""
     if not names:
         raise UserError(f"label={label}: this model was trained without classes; leave label out")
+    label = str(label).lower() if isinstance(label, bool) else label  # true and false may be names
     if str(label) in names:
         return names.index(str(label))
     if re.fullmatch(r"\d{1,9}", str(label), re.ASCII) and int(label) < len(names):
@@ -94,8 +100,11 @@ def sample(cfg: DictConfig) -> Path:
 
 def _checked_out(cfg: DictConfig) -> Path:
     out = Path(cfg.out).expanduser()
-    kind = out.suffix.lower()
-    allowed = (".png",) if cfg.show != "pictures" else (*STILLS, *movies.KINDS, "")
+    known = (*STILLS, *movies.KINDS)
+    if out.name.lower() in known:
+        raise UserError(f"out={cfg.out}: has no name before its ending; give one, such as grid{out.name}")
+    kind = "" if out.is_dir() and out.suffix.lower() not in known else out.suffix.lower()
+    allowed = (".png",) if cfg.show != "pictures" else (*known, "")
     if kind not in allowed:
         kinds = ", ".join(k for k in allowed if k)
         fix = f"give a name ending in {kinds}" + (", or a folder" if "" in allowed else "")
@@ -132,38 +141,38 @@ def _split(classes: Tensor | None, n: int, size: int) -> list[Tensor | None]:
 def _write_stills(out: Path, numbers: list[int], batches: Iterator[Tensor], zoom: int, columns: int | None) -> None:
     """uint8 batches (N, C, H, W) into a grid, an array (N, H, W, C), a zip of PNG, or a folder of PNG."""
     kept: list[Tensor] = []
-    names = [f"{number:06d}.png" for number in numbers]
-    done = 0
-    with progress_bar(len(numbers), "drawing") as bar, PngWriter() as writer, _opened(out) as file:
-        array: np.ndarray | None = None
-        archive = zipfile.ZipFile(file, "w") if file and out.suffix.lower() == ".zip" else None
+    seen: Counter[int] = Counter()
+    names = []
+    for number in numbers:
+        seen[number] += 1  # a number asked for again, with another class say, has a file of its own
+        names.append(f"{number:06d}" + (f"-{seen[number]}" if seen[number] > 1 else "") + ".png")
+    kind, done = "" if out.is_dir() else out.suffix.lower(), 0
+    with progress_bar(len(numbers), "drawing") as bar, PngWriter() as writer, _opened(out, kind) as file, ExitStack() as opened:
+        archive = opened.enter_context(zipfile.ZipFile(file, "w")) if file and kind == ".zip" else None
         for pictures in batches:
             chosen = names[done : done + len(pictures)]
-            done += len(pictures)
-            if out.suffix.lower() == ".png":
+            if kind == ".png":
                 kept.append(pictures)
             elif archive:
                 for name, picture in zip(chosen, pictures):
                     archive.writestr(zipfile.ZipInfo(name), _png(picture))  # without the time of day: the same bytes again
             elif file:
-                if array is None:
+                if done == 0:
                     shape = (len(numbers), *pictures.shape[2:], pictures.shape[1])
                     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                    array = np.empty(0)
                 file.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
             else:
                 writer.write([out / name for name in chosen], pictures.permute(0, 2, 3, 1).numpy())
             bar.update(len(pictures))
-        if archive:
-            archive.close()
+            done += len(pictures)
     if kept:
         write_png(out, enlarge(grid(torch.cat(kept), columns), zoom))
 
 
 @contextmanager
-def _opened(out: Path) -> Iterator[IO[bytes] | None]:
+def _opened(out: Path, kind: str) -> Iterator[IO[bytes] | None]:
     """For .npy and .zip a file to write to, which gets its name when all is in it; None for other kinds."""
-    if out.suffix.lower() not in (".npy", ".zip"):
+    if kind not in (".npy", ".zip"):
         yield None
         return
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -195,13 +204,18 @@ def _write_film(cfg: DictConfig, G: nn.Module, labels: list[int] | None, precisi
     if kind not in movies.KINDS:  # the frames themselves; a grid has a row for each step of the way
         _write_stills(out, list(range(total)), batches, zoom, cfg.columns or cfg.frames * cfg.tiles)
     else:
-        pictures = []
+        columns = min(cfg.columns or math.ceil(math.sqrt(cfg.tiles)), cfg.tiles)
+        side = zoom * int(G.img_resolution)  # type: ignore[arg-type]
+        movies.require_size(out, side * math.ceil(cfg.tiles / columns), side * columns)
+        pictures = torch.empty(total, G.img_channels, G.img_resolution, G.img_resolution, dtype=torch.uint8)  # type: ignore[call-overload]
+        done = 0
         with progress_bar(total, "drawing") as bar:
             for batch in batches:
-                pictures.append(batch)
+                pictures[done : done + len(batch)] = batch
+                done += len(batch)
                 bar.update(len(batch))
-        sheets = [grid(frame, cfg.columns) for frame in torch.cat(pictures).unflatten(0, (len(film), cfg.tiles))]
-        movies.write_movie(out, np.stack(sheets), cfg.fps, zoom)
+        frames = pictures.unflatten(0, (len(film), cfg.tiles))
+        movies.write_movie(out, np.stack([grid(frame, columns) for frame in frames]), cfg.fps, zoom)
     print(f"{len(film):,} frames in {out}")
     return out
 
@@ -232,6 +246,8 @@ def _film(cfg: DictConfig, G: nn.Module, labels: list[int] | None) -> motion.Fil
 def _write_maps(cfg: DictConfig, G: nn.Module, D: nn.Module | None, labels: list[int] | None, precision: str, out: Path) -> Path:
     """A sheet of where the generator looks, or of what the discriminator finds fake."""
     index = _index(cfg, ROWS)
+    if len(index) > MOST_ROWS:
+        raise UserError(f"show={cfg.show}: draws at most {MOST_ROWS} pictures, n or seeds give {len(index)}; give fewer")
     z, c = latents(G, index, cfg.seed, _classes(labels, index), cfg.truncation)
     if D is not None:
         images = render(G, z, c, precision)

@@ -61,7 +61,8 @@ class Smooth(nn.Module):
     """The filter [1, 2, 1] in both directions, the border repeated. Shape kept."""
 
     def forward(self, x: Tensor) -> Tensor:
-        taps = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+        ones = x.new_ones(2)  # not a constant, which a traced program would keep on the device of its tracing
+        taps = (F.pad(ones, (0, 1)) + F.pad(ones, (1, 0))) / 4
         kernel = (taps[:, None] * taps[None, :]).expand(x.shape[1], 1, 3, 3)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
