@@ -54,7 +54,8 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
         reached = checkpoint.nimg_of(newest[-1]) if newest else 0
         assert reached >= before  # nothing that was there is gone
         before = reached
-    assert "Done" in start(tmp_path / "killed", *length).communicate(timeout=600)[0]
+    out = start(tmp_path / "killed", *length).communicate(timeout=600)[0]
+    assert "Done" in out or "is complete" in out  # where a kill came too late
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("damaged-*"))
 
