@@ -118,8 +118,9 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
                 journal.write(cur_nimg, means | knobs | watch.lap(cur_nimg, feed.waited_s, writer.stalled_s, recipe.device))
                 bar.tick({k: means[f"loss/{k}"] for k in "DG"})
             if last or due(config["snapshot_kimg"], before, cur_nimg):
-                journal.image(cur_nimg, "fakes", run.run_dir / f"fakes-{cur_nimg:09d}.png", sheet_of(pictures.fakes()))
-                for name, sheet in pictures.maps().items():
+                fakes = pictures.fakes()
+                journal.image(cur_nimg, "fakes", run.run_dir / f"fakes-{cur_nimg:09d}.png", sheet_of(fakes))
+                for name, sheet in pictures.maps(fakes).items():
                     journal.image(cur_nimg, name, None, sheet)
             if save:
                 writer.begin(checkpoint.path_at(run.run_dir, cur_nimg), progress.parts(run))

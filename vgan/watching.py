@@ -143,8 +143,8 @@ class Pictures:
         with autocast(self._run.recipe.device, self._run.recipe.precision):
             return torch.cat([to_uint8(self._run.state.G_ema(z, c)) for z, c in zip(self._z.split(16), self._c.split(16))])
 
-    def maps(self) -> dict[str, Any]:
-        """Sheets of where the generator's attention looks and of what looks fake to the discriminator, where they can be had."""
+    def maps(self, fakes: torch.Tensor) -> dict[str, Any]:
+        """Of the first `fakes`: sheets of where the generator looks, and of what looks fake to the discriminator."""
         G, D, precision = self._run.state.G_ema, self._run.state.D, self._run.recipe.precision
         if any(hasattr(p, "placements") for p in G.parameters()):  # spread over processes: no layer can be asked alone
             return {}
@@ -153,7 +153,7 @@ class Pictures:
         if has_attention(G):
             sheets["attention"] = attention_sheet(*look(G, z, c, precision))
         if hasattr(D, "logit_map"):
-            images = self.fakes()[:MAPPED]
+            images = fakes[:MAPPED]
             sheets["looks_fake"] = verdict_sheet(images, verdicts(D, images, c, precision))
         return sheets
 
