@@ -1,4 +1,5 @@
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a readable checkpoint"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_small_pickle_that_keeps_a_reader_busy_is_refused(tmp_path: Path) -> None:
+    """8 MB of opcodes took 7 s to read."""
+    checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "busy.pt", "w") as busy:
+        for entry in good.infolist():
+            content = good.read(entry)
+            busy.writestr(
+                entry.filename, b"\x80\x02" + b"N0" * 600_000 + content[2:] if entry.filename.endswith(".pkl") else content
+            )
+    with pytest.raises(UserError, match="not a readable checkpoint") as e:
+        checkpoint.load(tmp_path / "busy.pt")
+    assert "takes too long" in str(e.value.__cause__)
 
 
 def test_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

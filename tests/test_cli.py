@@ -290,6 +290,76 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(run: Cli, t
     assert (tmp_path / "r" / "damaged-checkpoint-000000032.pt").read_bytes() == damaged  # nothing is lost
 
 
+def test_a_run_of_which_no_checkpoint_can_be_read_is_left_as_it_is(run: Cli, tmp_path: Path) -> None:
+    """To begin anew would cut its statistics back to nothing, and take the damaged files, which may be mended, out of sight."""
+    run.train(*TINY, "run_dir=r")
+    for path in checkpoint.all_checkpoints(tmp_path / "r"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    before = contents(tmp_path / "r")
+    for _ in range(2):
+        line = message(*run.train(*TINY, "run_dir=r"))
+        assert "run_dir=r: none of its 2 checkpoints can be read" in line
+        assert "restore one, or use another run_dir to begin anew" in line
+        assert contents(tmp_path / "r") == before
+
+
+@pytest.mark.parametrize("why", ["format", "permissions", "memory"])
+def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    run.train(*TINY, "run_dir=r")
+    newest, opened = checkpoint.find(tmp_path / "r"), Path.open
+    says = {"format": "has format 99", "permissions": "(Permission denied); check its", "memory": "do not fit into memory"}[why]
+    if why == "format":
+        parts = checkpoint.load(newest)
+        monkeypatch.setattr(checkpoint, "FORMAT", 99)
+        checkpoint.save(newest, parts, keep=9)
+        monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    elif why == "permissions":
+
+        def refusing(path: Path, *arguments: Any, **named: Any) -> Any:
+            if path.name == newest.name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return opened(path, *arguments, **named)
+
+        monkeypatch.setattr(Path, "open", refusing)
+    else:
+        short = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10000000000 bytes.")
+
+        def load(*_: Any, **__: Any) -> Any:
+            raise short
+
+        monkeypatch.setattr(torch, "load", load)
+    before = set((tmp_path / "r").iterdir())
+    line = message(*run.train(*TINY, "run_dir=r", "total_kimg=0.064"))
+    assert newest.name in line
+    assert says in line
+    assert set((tmp_path / "r").iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_polite_kill_before_the_first_step_asks_for_a_restart(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, swallowed: bool
+) -> None:
+    real = vgan.train.set_up
+    monkeypatch.setattr(signal, "signal", signal.signal)
+
+    def pre_empted(*args: Any) -> Any:
+        with contextlib.suppress(*([SystemExit] if swallowed else [])):
+            signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(vgan.train, "set_up", pre_empted)
+    try:
+        code, out, _ = run.train(*TINY, "run_dir=r")
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+    assert code == 75
+    assert out.splitlines()[-1] == "vgan-train: stopped before the first step; the same command goes on"
+    assert not Path("r/stats.jsonl").exists()
+
+
 def test_checkpoint_of_another_model_or_of_other_data_is_refused(run: Cli, tmp_path: Path) -> None:
     run.train(*TINY, "run_dir=r")
     before = contents(tmp_path / "r")

@@ -11,13 +11,17 @@ import pytest
 import torch
 from runs import assert_same_run, lines_of, train_in_process
 
+import vgan.files
+import vgan.stats
 import vgan.train
 from vgan import checkpoint
 from vgan.errors import UserError
-from vgan.files import own_folder
+from vgan.files import append_line, own_folder
 from vgan.steps import State
 from vgan.stopping import GaveUp
 from vgan.watchdog import Rescue, Watchdog, diversity
+from vgan.watching import Judge
+from vgan.writer import CheckpointWriter
 
 Harm = Callable[[State, dict[str, torch.Tensor]], None]
 
@@ -129,6 +133,18 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, monkeypat
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["rescue"]["stream"] == 1
 
 
+def test_moments_that_are_not_finite_are_never_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gradient of 1e20 is finite, its square is not, and that weight would never move again."""
+    train_in_process(tmp_path / "r", "total_kimg=0.008")
+    parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
+    next(x for name, x in checkpoint.walk(parts["opt_D"]) if "exp_avg_sq" in name)[0] = torch.inf
+    writer = CheckpointWriter(9, print)
+    writer.begin(checkpoint.path_at(tmp_path / "r", 99), parts)
+    writer.close()
+    assert "not written, as its weights or moments are not finite" in capsys.readouterr().out
+    assert not checkpoint.path_at(tmp_path / "r", 99).exists()
+
+
 def test_fp16_that_overflows_at_every_scale_is_a_fault() -> None:
     watchdog = Watchdog(50, 0.01)
     assert watchdog.fault({"scale/D": 65536.0}, 1.0) is None
@@ -195,28 +211,37 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, m
         train_in_process(tmp_path / "r")
 
 
-def test_the_oldest_checkpoints_make_room_but_never_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_checkpoints_make_room_but_never_the_newest_and_never_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_in_process(tmp_path / "r", "total_kimg=0.12")
     parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
-    free = [0]
+    size = checkpoint.find(tmp_path / "r").stat().st_size
+    needed = checkpoint_bytes(parts)
 
-    def usage(_: object) -> Any:
-        removed = 3 - len(checkpoint.all_checkpoints(tmp_path / "r"))
-        return type("Usage", (), {"free": free[0] + removed * 1_200_000})
+    def with_free(free: int) -> list[int]:
+        def usage(_: object) -> Any:
+            removed = 3 - len(checkpoint.all_checkpoints(tmp_path / "r"))
+            return type("Usage", (), {"free": free + removed * size})
 
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
-    free[0] = -2_000_000
-    with pytest.raises(UserError, match="needs 1 MB"):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
         checkpoint.save(checkpoint.path_at(tmp_path / "r", 160), parts, keep=9)
-    assert [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")] == [120]
-    free[0] = 0
-    checkpoint.save(checkpoint.path_at(tmp_path / "r", 160), parts, keep=9)
-    assert [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")] == [120, 160]
+        return [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")]
+
+    with pytest.raises(UserError, match="needs 1 MB"):
+        with_free(needed - 3 * size)  # the two that may go are not enough
+    assert [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")] == [40, 80, 120]
+    assert with_free(needed - size) == [80, 120, 160]
+
+
+def checkpoint_bytes(parts: dict[str, Any]) -> int:
+    """What `save` wants to be free: the tensors, 2 % and 1 MB."""
+    tensors = sum(x.nbytes for _, x in checkpoint.walk(parts) if isinstance(x, torch.Tensor))
+    return tensors + tensors // 50 + 1_000_000
 
 
 def test_statistics_wait_for_a_disk_that_takes_them_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = vgan.stats.open if hasattr(vgan.stats, "open") else open
-    tries = []
+    opened, tries = open, []
 
     def refusing(path: Any, *arguments: Any, **named: Any) -> Any:
         if str(path).endswith("stats.jsonl"):
@@ -225,9 +250,99 @@ def test_statistics_wait_for_a_disk_that_takes_them_again(tmp_path: Path, monkey
                 raise OSError(errno.ENOSPC, "No space left on device")
         return opened(path, *arguments, **named)
 
-    monkeypatch.setattr(vgan.stats, "open", refusing, raising=False)
+    monkeypatch.setattr(vgan.files, "open", refusing, raising=False)
     train_in_process(tmp_path / "r")
+    assert len(tries) > 6
     assert [line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl")] == list(range(40, 401, 40))
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A disk takes what it has room for and refuses the rest; a limit on the size of files does the same."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "lines.jsonl"
+    append_line(path, '{"a": 1}')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4, before[1]))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            append_line(path, '{"b": 2}\n{"c": 3}')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert lines_of(path) == [{"a": 1}]
+    append_line(path, '{"b": 2}\n{"c": 3}')
+    assert lines_of(path) == [{"a": 1}, {"b": 2}, {"c": 3}]
+
+
+def test_curves_are_whole_after_a_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads no further than half an event, so that what waited comes in a file of its own."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step, flush = vgan.train.train_step, vgan.stats.Board.flush
+
+    def half(board: Any) -> None:
+        board._file.write(b"half an event")
+        full()
+
+    def on_a_full_disk(*arguments: Any) -> Any:
+        full_now = 120 <= int(arguments[5].index[0]) < 280
+        monkeypatch.setattr(vgan.stats.Board, "flush", half if full_now else flush)
+        return step(*arguments)
+
+    monkeypatch.setattr(vgan.train, "train_step", on_a_full_disk)
+    train_in_process(tmp_path / "r")
+    found = EventAccumulator(str(tmp_path / "r"), {"scalars": 0})
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss/D")] == list(range(40, 401, 40))
+    assert len(list((tmp_path / "r").glob("events*"))) == 2
+
+
+def test_what_a_kill_left_of_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    left = [tmp_path / "r" / name for name in (".checkpoint-000000050.pt.tmp", ".best.pt.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    train_in_process(tmp_path / "r", "total_kimg=0.008")
+    assert not any(path.exists() for path in left)
+
+
+EVALUATED = ["eval_kimg=0.032", "eval.n=20", "eval.metrics=[fid]", "features.train_kimg=0.1", "total_kimg=0.064"]
+
+
+def test_a_kill_before_an_evaluation_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one too: its checkpoint is there already, and the run looks complete."""
+    train_in_process(tmp_path / "whole", *EVALUATED)
+    evaluate = Judge._evaluate
+
+    for reached in (32, 64):
+
+        def killed(judge: Judge, cur_nimg: int, parts: Any, at: int = reached) -> Any:
+            if cur_nimg == at:
+                raise KeyboardInterrupt
+            return evaluate(judge, cur_nimg, parts)
+
+        monkeypatch.setattr(Judge, "_evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_in_process(tmp_path / "r", *EVALUATED)
+    monkeypatch.setattr(Judge, "_evaluate", evaluate)
+    train_in_process(tmp_path / "r", *EVALUATED)
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    train_in_process(tmp_path / "r", *EVALUATED)  # and once is enough
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+    assert lines_of(tmp_path / "r" / "metrics.jsonl") == lines_of(tmp_path / "whole" / "metrics.jsonl")
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+    assert (tmp_path / "r" / "best.pt").is_file()
+
+
+def test_an_evaluation_that_finds_no_memory_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cramped(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Judge, "_evaluate", cramped)
+    train_in_process(tmp_path / "r", *EVALUATED)
+    assert "no evaluation at 32 images, training goes on (out of memory)" in capsys.readouterr().out
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 64
 
 
 # --- two runs in one folder -----------------------------------------------------------------------------------------

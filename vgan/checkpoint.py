@@ -1,6 +1,7 @@
 """Checkpoints: named parts of plain containers and tensors, written whole or not at all, verified, read without running code."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor
 
 from vgan.distributed import print0
-from vgan.errors import UserError
+from vgan.errors import UserError, is_out_of_memory
 
 FORMAT = 2  # raised when the meaning of the parts changes; 1 had no digest and is still read
 _NAME = re.compile(r"checkpoint-(\d{9,})\.pt")
 _PARTS = {"format", "cur_nimg", "config", "sizes", "data", "G", "D", "G_ema", "opt_G", "opt_D", "scaler_G", "scaler_D"}
 # What a file may make a reader work on. A billion weights need about 10,000 leaves, 2 MB of pickle and 6 levels.
-_MOST_PICKLE_BYTES, _MOST_LEAVES, _MOST_DEPTH = 8_000_000, 200_000, 24
+_MOST_PICKLE_BYTES, _MOST_OPCODES, _MOST_LEAVES, _MOST_DEPTH = 8_000_000, 1_000_000, 200_000, 24
 _STORAGES = ["Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double"]
 _NAMED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {name}Storage" for name in _STORAGES)}
 # All that reading a hostile file may raise; torch's reader of pickles passes on whatever its opcodes stumble over.
@@ -82,21 +83,29 @@ def save(path: Path, parts: dict[str, Any], keep: int) -> None:
 
 
 def _make_room(path: Path, tensor_bytes: int) -> None:
-    """Remove the oldest checkpoints, all but the newest, as long as the next one would not fit. Raises OSError if it cannot."""
+    """Remove the oldest checkpoints, all but the newest, as long as the next one would not fit.
+
+    Raises OSError, with none removed, where that would not be enough.
+    """
     needed = tensor_bytes + tensor_bytes // 50 + 1_000_000
     removable = [old for old in all_checkpoints(path.parent)[:-1] if old != path]
-    while shutil.disk_usage(path.parent).free < needed:
-        if not removable:
-            raise OSError(28, f"needs {needed / 1e6:,.0f} MB, {shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free")
+    room = sum(old.stat().st_size for old in removable)
+    while (free := shutil.disk_usage(path.parent).free) < needed:
+        if free + room < needed or not removable:
+            raise OSError(errno.ENOSPC, f"needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+        room -= removable[0].stat().st_size
         removable.pop(0).unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name durable; Windows has no such call and needs none."""
+    """Make the new name durable; Windows and some network file systems have no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 
@@ -169,8 +178,13 @@ def load_newest(ckpt: str | Path) -> tuple[Path, dict[str, Any]]:
 def load(path: Path) -> dict[str, Any]:
     """The parts of a checkpoint, on the CPU. Nothing in the file is run, and no more memory is taken than it has bytes.
 
-    Raises Damaged, a UserError, where it is damaged or foreign.
+    Raises Damaged, a UserError, where it is damaged or foreign; a plain UserError where the file may be sound and cannot be read
+    here: by this user, this vgan, in this memory.
     """
+    try:
+        path.open("rb").close()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of readers that stumble; what counts is said below
@@ -179,17 +193,21 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(parts, dict) or not parts.keys() >= _PARTS:
             raise Damaged(f"{path}: not a vgan checkpoint (parts are missing)")
         if parts["format"] not in (1, FORMAT):
-            raise Damaged(f"{path}: has format {parts['format']}, this vgan reads {FORMAT}; use the version that wrote it")
+            told = f"has format {parts['format']!r:.20}, this vgan reads {FORMAT}"
+            raise UserError(f"{path}: {told}; use the version that wrote it")
         _check_tensors(parts)
-        told = parts.pop("digest", None)
-        if parts["format"] == FORMAT and told != digest({k: v for k, v in parts.items() if k != "format"}):
+        stated = parts.pop("digest", None)
+        if parts["format"] == FORMAT and stated != digest({k: v for k, v in parts.items() if k != "format"}):
             raise ValueError("the digest does not fit")
-    except Damaged:
+    except UserError:
         raise
     except _UNREADABLE as e:
+        if is_out_of_memory(e):
+            size = path.stat().st_size / 1e6
+            raise UserError(f"{path}: its {size:,.0f} MB do not fit into memory; free some, then the same command goes on") from e
         raise Damaged(f"{path}: not a readable checkpoint (damaged, or not vgan's)") from e
     except OSError as e:
-        raise Damaged(f"{path}: cannot be read ({e.strerror or e}); check its permissions") from e
+        raise Damaged(f"{path}: cannot be read ({e.strerror or e}); check the disk") from e
     return parts
 
 
@@ -210,7 +228,9 @@ def _inspect(path: Path) -> None:
             raise ValueError("not one small pickle")
         if archive.testzip():
             raise zipfile.BadZipFile("checksum")
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+        for i, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(pickles[0]))):
+            if i == _MOST_OPCODES:
+                raise ValueError("a pickle that takes too long")
             if "GLOBAL" in opcode.name and argument not in _NAMED:
                 raise ValueError(f"names {argument}")
 

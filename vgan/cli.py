@@ -28,7 +28,7 @@ from vgan.config import (
     TrainConfig,
 )
 from vgan.errors import UserError, is_out_of_memory
-from vgan.stopping import Stopped, remember_interrupts, was_interrupted, was_training
+from vgan.stopping import Stopped, expect_stops, remember_interrupts, was_interrupted, was_training
 from vgan.usage import (
     DATA_INTRO,
     DEMO_INTRO,
@@ -54,6 +54,7 @@ _STORE.store(name="demo_schema", node=DemoConfig)
 
 def train_main() -> None:
     """vgan-train"""
+    expect_stops()
     _open("vgan-train", TrainConfig, _train, TRAIN_INTRO)
 
 

@@ -6,13 +6,15 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Nothing here is needed to run on 
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+T = TypeVar("T")
 # An evaluation on rank 0 may take long while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
 
@@ -71,6 +73,14 @@ def barrier() -> None:
     """Until all processes are here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every process: only its machine needs to have the run folder."""
+    box = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]  # type: ignore[return-value]
 
 
 def mean_(values: Tensor) -> Tensor:

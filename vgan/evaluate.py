@@ -282,9 +282,11 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     path, lines = run_dir / "metrics.jsonl", []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # a line that a kill cut short
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # a line that a kill cut short
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 

@@ -118,9 +118,16 @@ def load_cached(path: Path, *names: str) -> list[Any] | None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line to a text file. Raises UserError if it cannot be written."""
+    """Add lines to a text file, all or none. Raises UserError if they cannot be written."""
     try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(text + "\n")
+        with open(path, "ab", buffering=0) as f:
+            before = os.fstat(f.fileno()).st_size
+            rest = memoryview((text + "\n").encode())
+            try:
+                while rest:  # a disk takes what it has room for, and refuses the next call
+                    rest = rest[f.write(rest) :]
+            except OSError:
+                f.truncate(before)
+                raise
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another folder") from e

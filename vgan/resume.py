@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from vgan import checkpoint
 from vgan.config import require
-from vgan.distributed import barrier, print0, rank, world_size
+from vgan.distributed import barrier, from_first, print0
 from vgan.errors import UserError
 from vgan.run import Progress, Run, set_up
 from vgan.stopping import GaveUp
@@ -24,18 +22,18 @@ DAMAGED, REJECTED = "damaged-", "rejected-"  # what is put before the name of a 
 
 def newest_nimg(run_dir: Path) -> int:
     """How far the newest checkpoint's name says that a run has come; 0 without one."""
-    found = checkpoint.all_checkpoints(run_dir) if run_dir.is_dir() else []
+    found = from_first(lambda: checkpoint.all_checkpoints(run_dir) if run_dir.is_dir() else [])
     return checkpoint.nimg_of(found[-1]) if found else 0
 
 
 def resume(run: Run) -> Progress:
     """Load the newest readable checkpoint of the run folder, if there is one.
 
-    Damaged ones are renamed, with a warning. Raises UserError where the checkpoint is of another model or of other data, or
-    where a setting was changed that would spoil the run; other changes are printed.
+    Damaged ones are renamed, with a warning. Raises UserError where none can be read, where the checkpoint is of another model or
+    of other data, or where a setting was changed that would spoil the run; other changes are printed.
     """
     progress = Progress()
-    parts = _from_first_process(lambda: _newest(run))
+    parts = from_first(lambda: _newest(run))
     if parts is None:
         return progress
     compare(run, parts)
@@ -49,22 +47,22 @@ def resume(run: Run) -> Progress:
     return progress
 
 
-def _from_first_process(read: Any) -> dict[str, Any] | None:
-    """What rank 0 reads, on every process: only its machine needs to have the folder."""
-    box = [read() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
 def _newest(run: Run) -> dict[str, Any] | None:
     found = checkpoint.all_checkpoints(run.run_dir) if run.run_dir.is_dir() else []
+    damaged: list[tuple[Path, checkpoint.Damaged]] = []
     for path in reversed(found):
         try:
-            return checkpoint.load(path)
+            parts = checkpoint.load(path)
         except checkpoint.Damaged as e:
-            print0(f"passed over: {e}; it is now called {DAMAGED}{path.name}")
-            path.rename(path.with_name(DAMAGED + path.name))
+            damaged.append((path, e))
+            continue
+        for other, reason in damaged:  # only now: a run without a sound one must not look like one that has not begun
+            print0(f"passed over: {reason}; it is now called {DAMAGED}{other.name}")
+            other.rename(other.with_name(DAMAGED + other.name))
+        return parts
+    if damaged:
+        text = f"run_dir={run.run_dir}: none of its {len(found)} checkpoints can be read, the newest says: {damaged[0][1]}"
+        raise UserError(f"{text}; restore one, or use another run_dir to begin anew")
     return None
 
 
@@ -103,7 +101,7 @@ def go_back(run: Run, progress: Progress, fault: str) -> str:
         tried = f"after {tries} tries ({', '.join(NEXT[: min(tries, len(NEXT))])})" if tries else "(watchdog.tries=0)"
         fix = "the checkpoints of before are kept; lower optim.lr_G and optim.lr_D, raise loss.gamma, or use precision=fp32"
         raise GaveUp(f"run_dir={run.run_dir}: gave up at {at:,} images {tried}: {fault}; {fix}")
-    parts = _from_first_process(lambda: _before(run, progress.rescue.tries))
+    parts = from_first(lambda: _before(run, progress.rescue.tries))
     if parts is None:
         fresh = set_up(run.config, run.recipe.device, run.recipe.precision)
         parts = Progress().parts(fresh)

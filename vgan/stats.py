@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vgan.distributed import mean_, print0, rank
 from vgan.errors import UserError
-from vgan.files import write_atomically, write_png
+from vgan.files import append_line, write_atomically, write_png
 
 
 class Stats:
@@ -69,11 +69,16 @@ class Board:
 
         self._event = Event
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._file = open(run_dir / name, "wb")  # noqa: SIM115
+        self._path = run_dir / name
+        self._file = open(self._path, "wb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
+        try:
+            self._write(file_version="brain.Event:2")
+            self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+            self.flush()
+        except OSError:
+            self.discard()
+            raise
 
     def add(self, name: str, value: float | str | np.ndarray, step: int) -> None:
         """A number, a text, or a picture (H, W) or (H, W, 3) uint8."""
@@ -96,54 +101,59 @@ class Board:
     def close(self) -> None:
         self._file.close()
 
+    def discard(self) -> None:
+        """Close and remove the file, whatever the disk says."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
 
 class Journal:
     """stats.jsonl and the TensorBoard events of a run folder, cut back to cur_nimg where a run goes on from there.
 
-    A disk that refuses costs no run: lines wait in memory and are written when it takes them again, curves are left out from
-    there, and each is said once. Of several processes only the first writes.
+    A disk that refuses costs no run: lines and curves wait in memory and are written when it takes them again, grids are left
+    out, and that is said once. Of several processes only the first writes.
     """
 
     def __init__(self, run_dir: Path, cur_nimg: int) -> None:
         self._path, self._run_dir = run_dir / "stats.jsonl", run_dir
-        self._waiting: list[str] = []
+        self._lines: list[str] = []  # that wait, as do
+        self._curves: list[tuple[int, str, float | str | np.ndarray]] = []
         self._told = False
         self._board: Board | None = None
         if rank() == 0:
-            self.cut_back(cur_nimg)
+            self._cut_lines(cur_nimg)
+            self._board = Board(run_dir, cur_nimg + 1)
 
     def cut_back(self, cur_nimg: int) -> None:
         """Drop what was written after cur_nimg; it is about to be written again."""
         if rank() != 0:
             return
+        self._lines = [line for line in self._lines if _nimg_of(line) <= cur_nimg]
+        self._curves = [curve for curve in self._curves if curve[0] <= cur_nimg]
         self.close()
-        if self._path.exists():
-            kept = []
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    seen = json.loads(line)["cur_nimg"]
-                except (json.JSONDecodeError, TypeError, KeyError):  # a line that a kill cut short
-                    continue
-                if seen <= cur_nimg:
-                    kept.append(line + "\n")
-            write_atomically(self._path, "".join(kept).encode())
-        self._board = Board(self._run_dir, cur_nimg + 1)
+        with self._told_once():
+            self._cut_lines(cur_nimg)
+        with self._told_once():
+            self._board = Board(self._run_dir, cur_nimg + 1)
+
+    def _cut_lines(self, cur_nimg: int) -> None:
+        if not self._path.exists():
+            return
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(line + "\n" for line in text.splitlines() if _nimg_of(line) <= cur_nimg)
+        if kept != text:
+            write_atomically(self._path, kept.encode())
 
     def write(self, cur_nimg: int, values: dict[str, Any]) -> None:
         """One object a tick, and a curve for every number. What is not finite is null there."""
         if rank() != 0:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._waiting.append(json.dumps({"cur_nimg": cur_nimg, **plain}) + "\n")
-        with self._told_once():
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.write("".join(self._waiting))
-            self._waiting = []
-        with self._told_once():
-            assert self._board is not None
-            for name, value in values.items():
-                self._board.add(name, value, cur_nimg)
-            self._board.flush()
+        self._lines.append(json.dumps({"cur_nimg": cur_nimg, **plain}))
+        self._curves += [(cur_nimg, name, value) for name, value in values.items()]
+        self._write_waiting()
 
     def image(self, cur_nimg: int, name: str, path: Path | None, sheet: np.ndarray) -> None:
         """A grid (H, W) or (H, W, 3) uint8 in TensorBoard, and as a PNG file where there is a path."""
@@ -152,9 +162,36 @@ class Journal:
         with self._told_once():
             if path:
                 write_png(path, sheet)
+        self._curves.append((cur_nimg, name, sheet))
+        self._write_waiting()
+        self._curves = [curve for curve in self._curves if not isinstance(curve[2], np.ndarray)]
+
+    def _write_waiting(self) -> None:
         with self._told_once():
-            assert self._board is not None
-            self._board.add(name, sheet, cur_nimg)
+            if self._lines:
+                append_line(self._path, "\n".join(self._lines))
+                self._lines = []
+        with self._told_once():
+            self._write_curves()
+
+    def _write_curves(self) -> None:
+        """Raises OSError where the disk refuses; the file then ends with half an event, and the next call begins another."""
+        if not self._curves:
+            return
+        before, self._board = self._board, None
+        board = before or Board(self._run_dir, self._curves[0][0])
+        try:
+            for cur_nimg, name, value in self._curves:
+                board.add(name, value, cur_nimg)
+            board.flush()
+        except OSError:
+            if board is before:
+                with contextlib.suppress(OSError):
+                    board.close()
+            else:
+                board.discard()  # all that it holds waits still; a tick a file would be too many
+            raise
+        self._board, self._curves = board, []
 
     @contextlib.contextmanager
     def _told_once(self) -> Iterator[None]:
@@ -162,12 +199,20 @@ class Journal:
             yield
         except (OSError, UserError) as e:
             if not self._told:
-                place = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
-                print0(f"\nstatistics and grids cannot be written, training goes on without them ({place})")
+                print0(f"\nstatistics and grids cannot be written, training goes on and statistics wait ({e})")
             self._told = True
 
     def close(self) -> None:
+        self._write_waiting()
         if self._board is not None:
             with self._told_once():
                 self._board.close()
             self._board = None
+
+
+def _nimg_of(line: str) -> float:
+    """The images seen of a line of stats.jsonl; infinite where it has none, as when a kill cut it short."""
+    try:
+        return float(json.loads(line)["cur_nimg"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.inf

@@ -6,12 +6,13 @@ from typing import Any
 
 from vgan.errors import UserError
 
+EARLY = "stopped before the first step; the same command goes on"
 RESTART = 75  # the exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, "try again"
 # Ctrl-C, the polite kill, and what clusters send before they take a machine away
 _ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-_seen: set[str] = set()  # of "Ctrl-C" and "training", in this process
+_seen: set[str] = set()  # of "Ctrl-C", "stop" and "training", in this process
 
 
 def remember_interrupts() -> None:
@@ -25,6 +26,19 @@ def remember_interrupts() -> None:
 def _remember(number: int, frame: Any) -> None:
     _seen.add("Ctrl-C")
     signal.default_int_handler(number, frame)
+
+
+def expect_stops() -> None:
+    """Let SIGTERM and SIGUSR1 before the first step leave with RESTART: there is nothing to save, and as much to do as before."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _ASKING:
+            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _stop_early)
+
+
+def _stop_early(number: int, frame: Any) -> None:
+    _seen.add("stop")
+    raise Stopped(EARLY)
 
 
 def was_interrupted() -> bool:
@@ -59,6 +73,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if was_interrupted():
             raise KeyboardInterrupt
+        if "stop" in _seen:  # and an import swallowed it
+            raise Stopped(EARLY)
         _seen.add("training")
         if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
             self._before = {s: signal.signal(s, self._ask) for s in _ASKING}

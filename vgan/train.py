@@ -14,9 +14,10 @@ from vgan.config import validate
 from vgan.console import TrainingBar
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
-from vgan.distributed import Agreement, group, print0, rank, world_size
+from vgan.distributed import Agreement, from_first, group, print0, rank, world_size
 from vgan.ema import update_ema
 from vgan.errors import UserError
+from vgan.evaluate import read_records
 from vgan.files import append_line, own_folder, write_atomically
 from vgan.parallel import averaged
 from vgan.randomness import Streams
@@ -44,9 +45,14 @@ def train(cfg: DictConfig) -> Path:
     prepare_process(device, precision, config["threads"], config["deterministic"])
     with group(device):
         run = set_up(config, device, precision)
-        if newest_nimg(run.run_dir) >= _total_nimg(config) and resume(run).cur_nimg >= _total_nimg(config):
+        total_nimg = _total_nimg(config)
+        if (
+            newest_nimg(run.run_dir) >= total_nimg
+            and (at := resume(run).cur_nimg) >= total_nimg
+            and not _owes_evaluation(run, at)
+        ):
             longer = f"To train longer: total_kimg={2 * config['total_kimg']:g}"
-            print0(f"{run.run_dir} is complete: {_total_nimg(config):,} images. {longer}\n{_next_commands(run.run_dir)}")
+            print0(f"{run.run_dir} is complete: {total_nimg:,} images. {longer}\n{_next_commands(run.run_dir)}")
             return run.run_dir
         with own_folder(run.run_dir), StopRequest() as stop:
             progress = resume(run)
@@ -83,6 +89,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     bar = TrainingBar(total_nimg, progress.cur_nimg, silent=rank() != 0)
     stopping = False
     try:
+        if judge and _owes_evaluation(run, progress.cur_nimg):
+            journal.write(progress.cur_nimg, judge(progress))
         while progress.cur_nimg < total_nimg and not stopping:
             now, before = progress.moment(run), progress.cur_nimg
             streams = Streams(progress.rescue.seed(config["seed"]), before + rank() * rows, rows, recipe.device)
@@ -146,6 +154,17 @@ def due(every_kimg: float, before: int, now: int) -> bool:
     return before // every_nimg < now // every_nimg
 
 
+def _owes_evaluation(run: Run, cur_nimg: int) -> bool:
+    """Whether a kill came between the checkpoint at cur_nimg and the evaluation there."""
+    every_kimg, batch_size = run.config["eval_kimg"], run.config["batch_size"]
+    if cur_nimg == 0 or every_kimg == 0:
+        return False
+    wanted = cur_nimg >= _total_nimg(run.config) or due(every_kimg, cur_nimg - batch_size, cur_nimg)
+    return wanted and from_first(
+        lambda: not any(r.get("cur_nimg") == cur_nimg and "best" in r for r in read_records(run.run_dir))
+    )
+
+
 def _scales(run: Run) -> dict[str, float]:
     """What gradients are multiplied by in fp16."""
     scalers = {"scale/G": run.state.scaler_G, "scale/D": run.state.scaler_D}
@@ -162,6 +181,8 @@ def _start_folder(run: Run, cur_nimg: int) -> None:
     path = run.run_dir / "config.yaml"
     if rank() != 0:
         return
+    for left in run.run_dir.glob(".*.pt.tmp"):  # by a kill in the midst of writing; the folder is ours
+        left.unlink(missing_ok=True)
     if not path.is_file() or path.read_bytes() != text:
         write_atomically(path, text)
     with contextlib.suppress(UserError):  # a full disk keeps no run from going on

@@ -19,7 +19,7 @@ from vgan.data.store import default_cache_dir
 from vgan.device import autocast, hardware
 from vgan.distributed import barrier, print0, rank, world_size
 from vgan.drawing import drawing_precision, restore_generator
-from vgan.errors import UserError
+from vgan.errors import UserError, is_out_of_memory
 from vgan.evaluate import SMALLER_IS_BETTER, Evaluator, make_evaluator, read_records, record, shown_values, write_nearest
 from vgan.images import enlarge, grid, to_float, to_uint8, zoom_for
 from vgan.models.cost import count_multiply_adds, count_parameters
@@ -49,7 +49,7 @@ class Judge:
         self._precision = drawing_precision("auto", self._device)
         self._evaluator: Evaluator = make_evaluator(config, run.dataset, self._device)
         protocol = self._evaluator.protocol(self._precision)
-        records = [r for r in read_records(run.run_dir) if "best" in r and r["protocol"] == protocol]
+        records = [r for r in read_records(run.run_dir) if "best" in r and r.get("protocol") == protocol]
         self._best: float | None = records[-1]["best"] if records and (run.run_dir / BEST).is_file() else None
 
     def __call__(self, progress: Progress) -> dict[str, float]:
@@ -58,8 +58,11 @@ class Judge:
         if rank() == 0:
             try:
                 values = self._evaluate(progress.cur_nimg, parts)
-            except (UserError, OSError) as e:
-                print0(f"\nno evaluation at {progress.cur_nimg:,} images, training goes on ({e})")
+            except (UserError, OSError, MemoryError, RuntimeError) as e:
+                if isinstance(e, (MemoryError, RuntimeError)) and not is_out_of_memory(e):
+                    raise
+                reason = "out of memory" if is_out_of_memory(e) else str(e)
+                print0(f"\nno evaluation at {progress.cur_nimg:,} images, training goes on ({reason})")
         barrier()
         return values
 

@@ -64,7 +64,7 @@ class CheckpointWriter:
         if copied is not None:
             copied.synchronize()
         if not _is_finite(parts):
-            return f"{path}: not written, as its weights are not finite"
+            return f"{path}: not written, as its weights or moments are not finite"
         try:
             checkpoint.save(path, parts, self._keep)
         except UserError as e:
@@ -89,6 +89,6 @@ class CheckpointWriter:
 
 
 def _is_finite(parts: dict[str, Any]) -> bool:
-    """Whether all weights are; a sum is enough to tell, and quick."""
-    weights = [w for name in ("G", "D", "G_ema") for w in parts[name].values() if w.is_floating_point()]
-    return all(bool(w.sum(dtype=torch.float64).isfinite()) for w in weights)
+    """Whether all weights and moments are; a sum is enough to tell, and quick."""
+    leaves = (leaf for name in ("G", "D", "G_ema", "opt_G", "opt_D") for _, leaf in checkpoint.walk(parts[name]))
+    return all(bool(x.sum(dtype=torch.float64).isfinite()) for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
