@@ -1,5 +1,6 @@
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,17 +54,51 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+def rewritten(path: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """The archive with changed entries, and the right sums over them."""
+    other = path.with_name("rewritten.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
+    return other
+
+
+def test_each_of_the_two_sums_is_looked_at(tmp_path: Path) -> None:
+    """The digest of what is in the parts, and the archive's of what surrounds them."""
+    checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
+    assert checkpoint.load(rewritten(tmp_path / "good.pt", lambda _, content: content))["cur_nimg"] == 5
+    values = torch.arange(3.0).numpy().tobytes()
+    with pytest.raises(checkpoint.Damaged) as e:
+        checkpoint.load(rewritten(tmp_path / "good.pt", lambda _, content: content.replace(values, values[::-1])))
+    assert "digest" in str(e.value.__cause__)
+    content = (tmp_path / "good.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        (version,) = (entry for entry in archive.infolist() if entry.filename.endswith("/version"))
+        stated = archive.read(version)
+    at = content.index(stated, version.header_offset + 30 + len(version.filename))
+    (tmp_path / "flipped.pt").write_bytes(content[:at] + b"9" + content[at + 1 :])
+    with pytest.raises(checkpoint.Damaged) as e:
+        checkpoint.load(tmp_path / "flipped.pt")
+    assert "checksum" in str(e.value.__cause__)
+
+
+def test_an_archive_behind_something_else_is_refused(tmp_path: Path) -> None:
+    """torch goes by the first bytes and would read what stands there; a pickle of 244 bytes took 2 GB."""
+    checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
+    content = (tmp_path / "good.pt").read_bytes()
+    for name, hostile in (("before", b"\x80\x02." + content), ("after", content[:-2] + b"\x03\x00abc")):
+        (tmp_path / f"{name}.pt").write_bytes(hostile)
+        with pytest.raises(checkpoint.Damaged) as e:
+            checkpoint.load(tmp_path / f"{name}.pt")
+        assert "not an archive alone" in str(e.value.__cause__)
+
+
 def test_a_small_pickle_that_keeps_a_reader_busy_is_refused(tmp_path: Path) -> None:
     """8 MB of opcodes took 7 s to read."""
     checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
-    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "busy.pt", "w") as busy:
-        for entry in good.infolist():
-            content = good.read(entry)
-            busy.writestr(
-                entry.filename, b"\x80\x02" + b"N0" * 600_000 + content[2:] if entry.filename.endswith(".pkl") else content
-            )
-    with pytest.raises(UserError, match="not a readable checkpoint") as e:
-        checkpoint.load(tmp_path / "busy.pt")
+    busy = b"\x80\x02" + b"N0" * 600_000
+    with pytest.raises(checkpoint.Damaged) as e:
+        checkpoint.load(rewritten(tmp_path / "good.pt", lambda name, x: busy + x[2:] if name.endswith(".pkl") else x))
     assert "takes too long" in str(e.value.__cause__)
 
 

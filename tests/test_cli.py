@@ -337,13 +337,12 @@ def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
     assert set((tmp_path / "r").iterdir()) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_a_polite_kill_before_the_first_step_asks_for_a_restart(
     run: Cli, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, swallowed: bool
 ) -> None:
     real = vgan.train.set_up
-    monkeypatch.setattr(signal, "signal", signal.signal)
 
     def pre_empted(*args: Any) -> Any:
         with contextlib.suppress(*([SystemExit] if swallowed else [])):
@@ -389,6 +388,20 @@ def test_ctrl_c_before_the_first_step_is_not_lost(run: Cli, monkeypatch: pytest.
     monkeypatch.setattr(vgan.train, "set_up", interrupted)
     assert message(*run.train(*TINY, "run_dir=r"), expect_code=130) == "vgan-train: stopped at once"
     assert not Path("r/stats.jsonl").exists()
+
+
+def test_a_key_of_other_data_is_the_one_that_is_named(run: Cli) -> None:
+    line = message(*run.train("data=folder", "data.path=x", "data.size=64"), expect_code=2)
+    assert line == "vgan-train: data.size=64: unknown key data.size; --help lists the keys, --cfg job the nested ones"
+
+
+def test_names_that_are_not_text_are_shown(run: Cli) -> None:
+    Path("pictures").mkdir()
+    for name in ("a", "b", "c\udcff"):
+        Image.new("RGB", (16, 16)).save(f"pictures/{name}.png")
+    Path("pictures/c\udcff.png").write_bytes(b"none")
+    general = [setting for setting in TINY if not setting.startswith("data")]
+    assert "c\\udcff.png" in message(*run.train(*general, "data=folder", "data.path=pictures", "data.resolution=16"))
 
 
 def test_paths_that_hydra_cannot_read(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, lines_of, train_in_process
+from runs import TINY, assert_same_run, lines_of, train_in_process
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vgan.files
 import vgan.stats
@@ -19,8 +22,8 @@ from vgan.errors import UserError
 from vgan.files import append_line, own_folder
 from vgan.steps import State
 from vgan.stopping import GaveUp
-from vgan.watchdog import Rescue, Watchdog, diversity
-from vgan.watching import Judge
+from vgan.watchdog import Rescue, Varied, Watchdog, diversity
+from vgan.watching import Judge, Pictures, Unseen
 from vgan.writer import CheckpointWriter
 
 Harm = Callable[[State, dict[str, torch.Tensor]], None]
@@ -99,6 +102,10 @@ def test_a_fault_leads_back_to_the_last_good_checkpoint(
     assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
     ticks = [line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "loss/D" in line]
     assert ticks == list(range(40, 401, 40))  # none twice
+    board = EventAccumulator(str(tmp_path / "r"))
+    board.Reload()
+    (event,) = board.Tensors("watchdog/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == told[0]["watchdog"]
 
 
 def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
@@ -113,6 +120,8 @@ def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
     back = [next(n for n, s, _ in moments if s == stream) for stream in range(4)]
     assert back == [0, 200, 160, 120]  # one checkpoint further each time, in case the harm was done earlier
     assert all(torch.isfinite(w).all() for w in checkpoint.load(checkpoint.find(tmp_path / "r"))["G"].values())
+    put_aside = sorted(p.name for p in (tmp_path / "r").glob("rejected-*"))
+    assert put_aside == ["rejected-checkpoint-000000160.pt", "rejected-checkpoint-000000200.pt"]
 
 
 def test_a_fault_before_the_first_checkpoint_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +156,36 @@ def test_moments_that_are_not_finite_are_never_written(tmp_path: Path, capsys: p
 
 def test_fp16_that_overflows_at_every_scale_is_a_fault() -> None:
     watchdog = Watchdog(50, 0.01)
-    assert watchdog.fault({"scale/D": 65536.0}, 1.0) is None
-    assert "fp16: every gradient of D overflows" in str(watchdog.fault({"scale/D": 2.0**-11}, 1.0))
+    assert watchdog.fault({"scale/D": 65536.0}, 1.0, Varied()) is None
+    assert "fp16: every gradient of D overflows" in str(watchdog.fault({"scale/D": 2.0**-11}, 1.0, Varied()))
 
 
 def test_a_run_that_was_never_varied_has_not_collapsed() -> None:
-    watchdog = Watchdog(50, 0.02)
-    assert [watchdog.fault({"diversity": d}, 1.0) for d in (0.005, 0.006, 0.3, 0.01, 0.3)] == [None] * 5
-    assert watchdog.fault({"diversity": 0.01}, 1.0) is None
-    assert "collapsed" in str(watchdog.fault({"diversity": 0.01}, 1.0))
+    watchdog, varied = Watchdog(50, 0.02), Varied()
+    assert [watchdog.fault({"diversity": d}, 1.0, varied) for d in (0.005, 0.006, 0.3, 0.01, 0.3)] == [None] * 5
+    assert watchdog.fault({"diversity": 0.01}, 1.0, varied) is None
+    assert "collapsed" in str(watchdog.fault({"diversity": 0.01}, 1.0, varied))
+
+
+def test_a_stop_in_the_midst_of_a_rescue_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once after a first look at a collapse, which must be seen twice, and once after the run went back."""
+    inject(monkeypatch, collapse, lambda nimg, stream: nimg >= 200 and stream == 0)
+    for reached in (0.24, 0.32, 0.4):
+        train_in_process(tmp_path / "cut", f"total_kimg={reached}", "schedule_kimg=0.4", "snapshot_kimg=0.4")
+    train_in_process(tmp_path / "whole", "schedule_kimg=0.4", "snapshot_kimg=0.4")
+    for picture in (tmp_path / "cut").glob("fakes-*.png"):  # each of the three ended with one
+        if picture.name != "fakes-000000400.png":
+            picture.unlink()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert checkpoint.load(checkpoint.find(tmp_path / "cut"))["rescue"]["stream"] == 1
+
+
+def test_a_fault_between_two_ticks_is_noticed_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inject(monkeypatch, spoil_loss, lambda nimg, stream: nimg >= 200 and stream == 0)
+    train_in_process(tmp_path / "r", "tick_kimg=0.4")
+    assert "at 240 images: a loss was not a number; back to 200" in capsys.readouterr().out
 
 
 def test_diversity_is_a_share_of_the_reals(generator: torch.Generator) -> None:
@@ -275,8 +305,6 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_curves_are_whole_after_a_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard reads no further than half an event, so that what waited comes in a file of its own."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     step, flush = vgan.train.train_step, vgan.stats.Board.flush
 
     def half(board: Any) -> None:
@@ -345,6 +373,44 @@ def test_an_evaluation_that_finds_no_memory_costs_no_run(
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 64
 
 
+def test_the_end_is_judged_by_the_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by best.pt, which comes after it."""
+    real = checkpoint.save
+    refused = "checkpoint-000000064.pt"
+
+    def save(path: Path, parts: dict[str, Any], keep: int) -> None:
+        if path.name == refused:
+            raise UserError(f"{path}: cannot be written (Disk quota exceeded)")
+        real(path, parts, keep)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(UserError, match=r"checkpoint-000000064.pt: cannot be written"):
+        train_in_process(tmp_path / "final", *EVALUATED)
+    assert (tmp_path / "final" / "best.pt").is_file()
+    refused = "best.pt"
+    train_in_process(tmp_path / "best", *EVALUATED)
+    assert [line["best"] for line in lines_of(tmp_path / "best" / "metrics.jsonl")] == [None, None]  # none is on the disk
+    assert checkpoint.find(tmp_path / "best").name == "checkpoint-000000064.pt"
+
+
+def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
+    train_in_process(tmp_path / "r", "total_kimg=0.008")
+    writer = CheckpointWriter(9, print)
+    before = writer.last_s
+    assert writer.write(tmp_path / "r" / "best.pt", checkpoint.load(checkpoint.find(tmp_path / "r")))
+    assert writer.last_s == before
+    assert (tmp_path / "r" / "best.pt").is_file()
+    writer.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_costs_no_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from vgan.cli import train_main; train_main()", *TINY, "total_kimg=0.08"]
+    with open("/dev/full", "w") as log:
+        assert subprocess.run([*command, f"run_dir={tmp_path / 'r'}"], stdout=log, stderr=log, timeout=120).returncode == 0
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 80
+
+
 # --- two runs in one folder -----------------------------------------------------------------------------------------
 
 
@@ -366,6 +432,21 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not_in_the_
     other.kill()
     other.join()
     train_in_process(tmp_path / "r", "total_kimg=0.008")
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):
+        with own_folder(tmp_path / "r"), own_folder(tmp_path / "r"):  # the second is one that a kill left behind
+            assert "its file system has no locks" in capsys.readouterr().out
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -404,3 +485,37 @@ def test_out_of_memory_splits_the_batch_with_the_same_result(
     a, b = (lines_of(tmp_path / name / "stats.jsonl")[0] for name in ("whole", "r"))
     for name in ("loss/D", "loss/G", "penalty/r1", "grad_norm/G"):
         assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-3)
+
+
+def test_out_of_memory_for_the_moments_splits_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, calls = torch.optim.Adam.step, []
+
+    def cramped(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*arguments, **named)
+
+    train_in_process(tmp_path / "whole", "precision=fp32", "total_kimg=0.04", "batch_gpu=4")
+    monkeypatch.setattr(torch.optim.Adam, "step", cramped)
+    train_in_process(tmp_path / "r", "precision=fp32", "total_kimg=0.04")
+    assert "out of memory: batches of 8 now go through in parts of 4" in capsys.readouterr().out
+    a, b = (lines_of(tmp_path / name / "stats.jsonl")[0] for name in ("whole", "r"))
+    assert b["loss/D"] == pytest.approx(a["loss/D"], rel=1e-3)
+
+
+def test_grids_and_comparisons_that_find_no_memory_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cramped(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for owner, name in ((Pictures, "fakes"), (Pictures, "diversity"), (Unseen, "__call__")):
+        monkeypatch.setattr(owner, name, cramped)
+    train_in_process(tmp_path / "r", "holdout=16")
+    out = capsys.readouterr().out
+    for what in ("grids", "diversity", "logits of held-out pictures"):
+        assert out.count(f"out of memory: no {what} for now, training goes on") == 1
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 400

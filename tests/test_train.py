@@ -72,6 +72,19 @@ def test_second_ctrl_c_is_not_held_back() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_the_end_of_a_terminal_saves_unless_nohup_says_otherwise() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.requested
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_due_does_not_need_intervals_to_divide() -> None:
     counts = range(64, 1000, 64)
     assert [n for n in counts if due(0.1, n - 64, n)] == [128, 256, 320, 448, 512, 640, 704, 832, 960]

@@ -215,15 +215,19 @@ def _inspect(path: Path) -> None:
     """Look at a file before anything of it is built; raises ValueError, or what zipfile and pickletools raise.
 
     Entries must lie uncompressed, so that the file's size bounds the memory; their sums must be right, which torch does not
-    look at; and the pickle may name only what state dicts are made of.
+    look at; and the pickle may name only what state dicts are made of. zipfile finds an archive behind anything, torch takes
+    what does not begin as one for a format of its own: the file must be an archive from its first byte to its last.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        with path.open("rb") as f:
+            if f.read(4) != b"PK\x03\x04" or archive.comment or min(entry.header_offset for entry in entries) != 0:
+                raise ValueError("not an archive alone")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("entries overlap")
-        pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+        pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES:
             raise ValueError("not one small pickle")
         if archive.testzip():

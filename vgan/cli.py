@@ -27,6 +27,7 @@ from vgan.config import (
     SampleConfig,
     TrainConfig,
 )
+from vgan.console import forgiving_console
 from vgan.errors import UserError, is_out_of_memory
 from vgan.stopping import Stopped, expect_stops, remember_interrupts, was_interrupted, was_training
 from vgan.usage import (
@@ -55,7 +56,8 @@ _STORE.store(name="demo_schema", node=DemoConfig)
 def train_main() -> None:
     """vgan-train"""
     expect_stops()
-    _open("vgan-train", TrainConfig, _train, TRAIN_INTRO)
+    with forgiving_console():
+        _open("vgan-train", TrainConfig, _train, TRAIN_INTRO)
 
 
 def sample_main() -> None:
@@ -182,6 +184,9 @@ def _demo(cfg: DictConfig) -> None:
 def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> None:
     """Show help, or go through `room`."""
     sys.argv[0] = program
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(schema, intro))
         return

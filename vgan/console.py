@@ -1,8 +1,10 @@
 """Progress: a bar on a terminal; where there is none, lines for a log file, or nothing."""
 
+import contextlib
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -21,6 +23,45 @@ def duration(seconds: float) -> str:
         if s >= length:
             return f"{s // length} {name}" + (f" {s % length // part} {smaller}" if s % length // part else "")
     return f"{s} s"
+
+
+class Forgiving:
+    """A text stream for a run's messages: what it cannot take, as on a full disk or a terminal that is gone, is left out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.failed = stream, False
+
+    def write(self, text: str) -> int:
+        with self._watching():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._watching():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.failed = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def forgiving_console() -> Iterator[None]:
+    """While inside, stdout and stderr refuse nothing. After a failure they stay so: Python flushes them once more at its end."""
+    before = sys.stdout, sys.stderr
+    forgiving = [Forgiving(stream) for stream in before]
+    sys.stdout, sys.stderr = forgiving  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not any(stream.failed for stream in forgiving):
+            sys.stdout, sys.stderr = before
 
 
 class TrainingBar:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,7 @@ def write_nearest(path: Path, result: Result) -> None:
         write_png(path, enlarge(grid(result.nearest, SHEET), zoom_for(result.nearest.shape[-1])))
 
 
-def record(run_dir: Path, name: str, cur_nimg: int, result: Result, more: dict[str, float] | None = None) -> None:
+def record(run_dir: Path, name: str, cur_nimg: int, result: Result, more: Mapping[str, float | None] | None = None) -> None:
     """Add a line to the folder's metrics.jsonl."""
     line = {"ckpt": name, "cur_nimg": cur_nimg, **result.values, **(more or {}), "protocol": result.protocol}
     append_line(run_dir / "metrics.jsonl", json.dumps(line))

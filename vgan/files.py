@@ -1,6 +1,8 @@
 """Files that are whole or not there, and PNG."""
 
 import contextlib
+import errno
+import inspect
 import io
 import os
 import pickle
@@ -15,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from vgan.distributed import rank
+from vgan.distributed import print0, rank
 from vgan.errors import UserError
 
 
@@ -26,12 +28,19 @@ def write_png(path: Path, sheet: np.ndarray) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """To a temporary file beside `path`, then os.replace: readers see the old file or the new one, never half of one."""
+def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
+    """To a temporary file beside `path`, then os.replace: readers see the old file or the new one, never half of one.
+
+    durable: that holds after a loss of power too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as f:
+            f.write(content)
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
         with contextlib.suppress(OSError):
@@ -43,15 +52,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 def own_folder(folder: Path) -> Iterator[None]:
     """While inside, no other process may enter for the same folder. Raises UserError where one is in already.
 
-    The kernel lets go of the lock when its process ends, however it ends: a lock cannot be left behind.
+    The kernel lets go of the lock when its process ends, however it ends: a lock cannot be left behind. Where the file system
+    has no such locks, a line says so and none is held: a file in their place would outlive a kill.
     """
     if rank() != 0:
         yield
         return
-    lock = FileLock(folder / ".lock")
+    hard = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}  # since filelock 4
+    lock = FileLock(folder / ".lock", **hard)  # type: ignore[arg-type]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        try:
+            lock.acquire(blocking=False)
+        except (NotImplementedError, OSError) as e:
+            if isinstance(e, OSError) and e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            print0(f"run_dir={folder}: its file system has no locks; see to it that no second run works here")
     except Timeout as e:
         raise UserError(f"run_dir={folder}: another vgan-train is at work here; wait for it or use another run_dir") from e
     except OSError as e:

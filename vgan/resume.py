@@ -1,5 +1,6 @@
 """Going on from a checkpoint: after a stop, with changed settings, or back from a fault."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _newest(run: Run) -> dict[str, Any] | None:
             continue
         for other, reason in damaged:  # only now: a run without a sound one must not look like one that has not begun
             print0(f"passed over: {reason}; it is now called {DAMAGED}{other.name}")
-            other.rename(other.with_name(DAMAGED + other.name))
+            other.replace(other.with_name(DAMAGED + other.name))
         return parts
     if damaged:
         text = f"run_dir={run.run_dir}: none of its {len(found)} checkpoints can be read, the newest says: {damaged[0][1]}"
@@ -106,7 +107,7 @@ def go_back(run: Run, progress: Progress, fault: str) -> str:
         fresh = set_up(run.config, run.recipe.device, run.recipe.precision)
         parts = Progress().parts(fresh)
     progress.load_parts(run, parts)
-    progress.rescue = rescue
+    progress.rescue, progress.varied.last = rescue, math.inf  # a collapse is to be seen twice again
     barrier()
     return f"at {at:,} images: {fault}; back to {progress.cur_nimg:,}, with {what} (try {rescue.tries} of {tries})"
 
@@ -115,7 +116,7 @@ def _before(run: Run, further: int) -> dict[str, Any] | None:
     """The parts of the newest checkpoint but `further` many, or of the oldest; those after it are put aside."""
     found = checkpoint.all_checkpoints(run.run_dir)
     for path in found[max(1, len(found) - further) :]:
-        path.rename(path.with_name(REJECTED + path.name))
+        path.replace(path.with_name(REJECTED + path.name))
     return _newest(run)
 
 

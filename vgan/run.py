@@ -1,7 +1,7 @@
 """A run's parts: data, networks, optimizers, losses and schedules, built from the config before the first step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vgan.parallel import shard
 from vgan.schedules import cosine
 from vgan.stats import Stats
 from vgan.steps import Moment, Recipe, Split, State
-from vgan.watchdog import Rescue
+from vgan.watchdog import Rescue, Varied
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Progress:
 
     cur_nimg: int = 0
     rescue: Rescue = field(default_factory=Rescue)
+    varied: Varied = field(default_factory=Varied)
     stats: Stats = field(default_factory=Stats)
 
     def moment(self, run: Run) -> Moment:
@@ -56,6 +57,7 @@ class Progress:
     def parts(self, run: Run) -> dict[str, Any]:
         """Everything that a checkpoint holds. Every process must come here."""
         mine = {"cur_nimg": self.cur_nimg, "rescue": self.rescue.parts(), "stats": self.stats.state_dict()}
+        mine["varied"] = asdict(self.varied)
         return {**run.identity, **run.state.parts(), **mine}
 
     def load_parts(self, run: Run, parts: dict[str, Any]) -> None:
@@ -63,6 +65,7 @@ class Progress:
         run.state.load_parts(parts)
         self.cur_nimg = int(parts["cur_nimg"])
         self.rescue = Rescue(**parts["rescue"]) if "rescue" in parts else Rescue()
+        self.varied = Varied(**parts.get("varied", {}))
         self.stats = Stats()
         if "stats" in parts:
             self.stats.load_state_dict(parts["stats"], run.recipe.device)

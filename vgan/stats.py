@@ -144,7 +144,7 @@ class Journal:
         text = self._path.read_text(encoding="utf-8", errors="replace")
         kept = "".join(line + "\n" for line in text.splitlines() if _nimg_of(line) <= cur_nimg)
         if kept != text:
-            write_atomically(self._path, kept.encode())
+            write_atomically(self._path, kept.encode(), durable=True)
 
     def write(self, cur_nimg: int, values: dict[str, Any]) -> None:
         """One object a tick, and a curve for every number. What is not finite is null there."""

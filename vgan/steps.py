@@ -241,10 +241,24 @@ def _descend(half: Half, batch: Batch, split: "Split") -> Scalars:
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded network
     # in fp16 gradients overflow now and then; the scaler leaves the step out and scales less
     whole = scalars["minimised"].isfinite() if scaler.is_enabled() else scalars["minimised"].isfinite() & norm.isfinite()
-    scaler.step(optimizer)
+    _step(half, batch, split)
     scaler.update()
     del scalars["minimised"]
     return scalars | {"grad_norm": norm, "broken": (~whole).float()}
+
+
+def _step(half: Half, batch: Batch, split: "Split") -> None:
+    """One step of the optimizer. The first makes its moments, for which a device may have no room left beside cached features."""
+    first = not half.optimizer.state
+    try:
+        half.scaler.step(half.optimizer)
+        return
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e) or not first or not split.can_grow(len(batch.real)):
+            raise
+    half.optimizer.state.clear()  # no weight has moved yet: that is the last thing a step does
+    split.grow(len(batch.real), batch.real.device)
+    half.scaler.step(half.optimizer)
 
 
 def _accumulate(half: Half, batch: Batch, count: int) -> Scalars:

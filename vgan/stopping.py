@@ -8,8 +8,8 @@ from vgan.errors import UserError
 
 EARLY = "stopped before the first step; the same command goes on"
 RESTART = 75  # the exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, "try again"
-# Ctrl-C, the polite kill, and what clusters send before they take a machine away
-_ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Ctrl-C, the polite kill, what clusters send before they take a machine away, and the end of a terminal or its connection
+_ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 _seen: set[str] = set()  # of "Ctrl-C", "stop" and "training", in this process
@@ -29,7 +29,7 @@ def _remember(number: int, frame: Any) -> None:
 
 
 def expect_stops() -> None:
-    """Let SIGTERM and SIGUSR1 before the first step leave with RESTART: there is nothing to save, and as much to do as before."""
+    """Let SIGTERM, SIGUSR1 and SIGHUP before the first step leave with RESTART: nothing to save, and as much to do as before."""
     if threading.current_thread() is threading.main_thread():
         for number in _ASKING:
             if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
@@ -51,6 +51,11 @@ def was_training() -> bool:
     return "training" in _seen
 
 
+def _is_held_off(number: int) -> bool:
+    """Whether nohup keeps a signal from the run; that shells ignore Ctrl-C for what is in the background does not count."""
+    return number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+
+
 class Stopped(SystemExit):
     """A run that was asked to stop and has saved; the exit code asks for the same command again."""
 
@@ -64,7 +69,7 @@ class GaveUp(UserError):
 
 
 class StopRequest:
-    """While active, the first Ctrl-C, SIGTERM or SIGUSR1 asks for a stop after the step; a second Ctrl-C acts at once."""
+    """While active, the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP asks for a stop after the step; a second Ctrl-C acts at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -77,7 +82,7 @@ class StopRequest:
             raise Stopped(EARLY)
         _seen.add("training")
         if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
-            self._before = {s: signal.signal(s, self._ask) for s in _ASKING}
+            self._before = {s: signal.signal(s, self._ask) for s in _ASKING if not _is_held_off(s)}
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -28,7 +28,7 @@ from vgan.stats import Journal
 from vgan.steps import compiled, train_step
 from vgan.stopping import Stopped, StopRequest
 from vgan.watchdog import Watchdog
-from vgan.watching import Judge, Pictures, Unseen, Watch, sheet_of, start_record, summary
+from vgan.watching import Judge, Luxuries, Pictures, Unseen, Watch, sheet_of, start_record, summary
 from vgan.writer import CheckpointWriter
 
 
@@ -80,7 +80,7 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     penalty_every, rows = config["loss"]["penalty_every"], batch_size // world_size()
     feed = open_feed(run)
     journal, watch, pictures = Journal(run.run_dir, progress.cur_nimg), Watch(progress.cur_nimg), Pictures(run)
-    unseen = Unseen(run) if config["holdout"] else None
+    unseen, spare = Unseen(run) if config["holdout"] else None, Luxuries()
     writer = CheckpointWriter(config["keep_checkpoints"], lambda failure: print0(f"\n{failure}; training goes on"))
     judge = Judge(run, writer) if config["eval_kimg"] > 0 else None
     watchdog, agree = Watchdog(config["watchdog"]["most_penalty"], config["watchdog"]["least_diversity"]), Agreement(2)
@@ -89,8 +89,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     bar = TrainingBar(total_nimg, progress.cur_nimg, silent=rank() != 0)
     stopping = False
     try:
-        if judge and _owes_evaluation(run, progress.cur_nimg):
-            journal.write(progress.cur_nimg, judge(progress))
+        if judge and _owes_evaluation(run, progress.cur_nimg) and (values := judge(progress)):
+            journal.write(progress.cur_nimg, values)
         while progress.cur_nimg < total_nimg and not stopping:
             now, before = progress.moment(run), progress.cur_nimg
             streams = Streams(progress.rescue.seed(config["seed"]), before + rank() * rows, rows, recipe.device)
@@ -108,32 +108,30 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
             save = last or stopping or late or due(config["checkpoint_kimg"], before, cur_nimg)
             if tick or save:
                 means = progress.stats.means() if tick else progress.stats.peek()
-                means |= _scales(run) | ({"diversity": pictures.diversity()} if tick else {})
-                if fault := watchdog.fault(means, now.gamma * float(state.controls.gamma_factor())):
+                means |= _scales(run) | (spare("diversity", lambda: {"diversity": pictures.diversity()}) if tick else {})
+                if fault := watchdog.fault(means, now.gamma * float(state.controls.gamma_factor()), progress.varied):
                     writer.wait()
                     told = go_back(run, progress, fault)
                     print0(f"\n{told}")
                     journal.cut_back(progress.cur_nimg)
                     journal.write(progress.cur_nimg, {"watchdog": told})
-                    watchdog.forget()
                     bar.update(progress.cur_nimg - cur_nimg)
                     continue
                 progress.rescue = progress.rescue.past(cur_nimg, round(1000 * config["checkpoint_kimg"]))
             if tick:
-                means |= unseen() if unseen else {}
+                means |= spare("logits of held-out pictures", unseen) if unseen else {}
                 knobs = asdict(now) | {"gamma": now.gamma * float(state.controls.gamma_factor())}
                 knobs |= {"augment_p": float(state.controls.augment_p)} if state.controls.target is not None else {}
                 journal.write(cur_nimg, means | knobs | watch.lap(cur_nimg, feed.waited_s, writer.stalled_s, recipe.device))
                 bar.tick({k: means[f"loss/{k}"] for k in "DG"})
             if last or due(config["snapshot_kimg"], before, cur_nimg):
-                fakes = pictures.fakes()
-                journal.image(cur_nimg, "fakes", run.run_dir / f"fakes-{cur_nimg:09d}.png", sheet_of(fakes))
-                for name, sheet in pictures.maps(fakes).items():
-                    journal.image(cur_nimg, name, None, sheet)
+                for name, sheet in spare("grids", pictures.sheets).items():
+                    path = run.run_dir / f"fakes-{cur_nimg:09d}.png" if name == "fakes" else None
+                    journal.image(cur_nimg, name, path, sheet)
             if save:
                 writer.begin(checkpoint.path_at(run.run_dir, cur_nimg), progress.parts(run))
-            if judge and (last or due(config["eval_kimg"], before, cur_nimg)):
-                journal.write(cur_nimg, judge(progress))
+            if judge and (last or due(config["eval_kimg"], before, cur_nimg)) and (values := judge(progress)):
+                journal.write(cur_nimg, values)
             writer.poll()
     finally:
         bar.close()

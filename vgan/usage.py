@@ -129,14 +129,14 @@ def usage_line(e: Exception, argv: Sequence[str], schema: type) -> str:
     if missing:
         name = missing[2] or missing[1]
         return f"{name}: must be given, as {name}=VALUE"
-    for override in argv:
-        name, _, value = override.lstrip("+~").partition("=")
+    named = [(override, *override.lstrip("+~").partition("=")[::2]) for override in argv]
+    for override, name, value in sorted(named, key=lambda each: -len(each[1])):  # data.size before data
         if "Config group override" in text and (CONFIG_DIR / name).is_dir():
             return _no_such_option(name, value) if schema in (TrainConfig, DataConfig) else f"{override}: unknown key {name}"
         if name in text and ("not in struct" in text or "not in" in text or "No match in the defaults" in text):
             if _ELSEWHERE.get(name, "").partition(".")[0] in _known_keys(schema):
                 return f"{override}: unknown key {name}; did you mean {_ELSEWHERE[name]}?"
-            close = difflib.get_close_matches(name, _known_keys(schema), 1, 0.6)
+            close = difflib.get_close_matches(name, _known_keys(schema), 1, 0.7)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys, --cfg job the nested ones"
             return f"{override}: unknown key {name}; {hint}"
         if "is not a subclass of Ramp" in text and f"full_key: {name}" in text:

@@ -43,6 +43,14 @@ class Rescue:
         return asdict(self)
 
 
+@dataclass
+class Varied:
+    """How varied the fakes have been: what a collapse is told by. Part of every checkpoint."""
+
+    best: float = 0.0
+    last: float = math.inf
+
+
 class Watchdog:
     """Looks at the means of a tick; what it reads was summed on the device, so that no step waits.
 
@@ -52,10 +60,9 @@ class Watchdog:
 
     def __init__(self, most_penalty: float, least_diversity: float) -> None:
         self._most_penalty, self._least_diversity = most_penalty, least_diversity
-        self._best_diversity, self._last_diversity = 0.0, math.inf
 
-    def fault(self, means: dict[str, float], gamma: float) -> str | None:
-        """What is wrong, in words, or None."""
+    def fault(self, means: dict[str, float], gamma: float, varied: Varied) -> str | None:
+        """What is wrong, in words, or None. Keeps `varied` up to date."""
         for half in "DG":
             if means.get(f"broken/{half}", 0) != 0:
                 return f"a loss or gradient of {half} was not finite"
@@ -71,16 +78,12 @@ class Watchdog:
             if means.get(f"grad_norm/{half}", 1.0) < 1e-9:
                 return f"the {name} is dead: its gradient was 0"
         if "diversity" in means:
-            before, self._last_diversity = self._last_diversity, means["diversity"]
-            self._best_diversity = max(self._best_diversity, means["diversity"])
-            low = min(self._least_diversity, self._best_diversity / 4)
+            before, varied.last = varied.last, means["diversity"]
+            varied.best = max(varied.best, means["diversity"])
+            low = min(self._least_diversity, varied.best / 4)
             if not max(before, means["diversity"]) >= low:
                 return f"the fakes have collapsed: diversity {means['diversity']:.3g}, under {low:.3g}"
         return None
-
-    def forget(self) -> None:
-        """After the run went back."""
-        self._last_diversity = math.inf
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ from vgan.usage import in_lines, report_line
 from vgan.watchdog import diversity
 from vgan.writer import CheckpointWriter
 
+T = TypeVar("T")
 GRID_PICTURES = 64
 MAPPED = 6  # of them, with maps of attention and verdicts
 COMPARED = 32  # fakes of one class that the watchdog compares
@@ -74,11 +76,33 @@ class Judge:
         print0("\n" + in_lines(shown_values(result.values), f"at {cur_nimg:,} images: "))
         write_nearest(run.run_dir / f"nearest-{cur_nimg:09d}.png", result)
         value = result.values[self._by]
-        if self._best is None or ((value < self._best) == SMALLER_IS_BETTER[self._by] and value != self._best):
+        better = self._best is None or ((value < self._best) == SMALLER_IS_BETTER[self._by] and value != self._best)
+        # on the disk before it is on record: what metrics.jsonl calls the best is there
+        if better and self._writer.write(run.run_dir / BEST, {**parts, "metrics": result.values}):
             self._best = value
-            self._writer.begin(run.run_dir / BEST, {**parts, "metrics": result.values})
         record(run.run_dir, checkpoint.path_at(run.run_dir, cur_nimg).name, cur_nimg, result, {"best": self._best})
         return {f"metrics/{name}": v for name, v in result.values.items()}
+
+
+class Luxuries:
+    """What a run can do without when memory is short: grids, maps and comparisons. What is left out is said once each."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, what: str, make: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """What `make` makes, or nothing."""
+        try:
+            return make()
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e) or world_size() > 1:  # several processes would lose step with one another
+                raise
+        if what not in self._told:
+            print0(f"\nout of memory: no {what} for now, training goes on")
+            self._told.add(what)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return {}
 
 
 class Unseen:
@@ -98,7 +122,8 @@ class Unseen:
     def __call__(self) -> dict[str, float]:
         run = self._run
         with autocast(run.recipe.device, run.recipe.precision):
-            seen, unseen = (run.state.D(*batch).float().mean() for batch in self._batches)
+            parts = ([run.state.D(*part).float() for part in zip(x.split(64), c.split(64))] for x, c in self._batches)
+            seen, unseen = (torch.cat(logits).mean() for logits in parts)
         return {"logits/trained_on": float(seen), "logits/held_out": float(unseen), "logits/gap": float(seen - unseen)}
 
 
@@ -145,6 +170,11 @@ class Pictures:
         """uint8 (N, C, H, W) of the averaged generator."""
         with autocast(self._run.recipe.device, self._run.recipe.precision):
             return torch.cat([to_uint8(self._run.state.G_ema(z, c)) for z, c in zip(self._z.split(16), self._c.split(16))])
+
+    def sheets(self) -> dict[str, Any]:
+        """The grid of fakes and the maps of its first, as (H, W) or (H, W, 3) uint8."""
+        fakes = self.fakes()
+        return {"fakes": sheet_of(fakes), **self.maps(fakes)}
 
     def maps(self, fakes: torch.Tensor) -> dict[str, Any]:
         """Of the first `fakes`: sheets of where the generator looks, and of what looks fake to the discriminator."""

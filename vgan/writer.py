@@ -41,7 +41,7 @@ class CheckpointWriter:
         self._keep, self._report = keep, report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: Future[str | None] | None = None
-        self.last_s = time.monotonic()  # when the newest was begun
+        self.last_s = time.monotonic()  # when the newest one was begun
         self.failure: str | None = None  # why the newest is not on the disk
         self.stalled_s = 0.0  # in which steps waited
 
@@ -60,9 +60,19 @@ class CheckpointWriter:
         self._begun = self._pool.submit(self._write, path, copied, done)
         self.stalled_s += time.perf_counter() - start
 
+    def write(self, path: Path, parts: dict[str, Any]) -> bool:
+        """Write a checkpoint that is not the newest, such as the best, and wait for it; whether it is on the disk."""
+        self.wait()
+        failure = self._write(path, to_host(parts), None)
+        if failure:
+            self._report(failure)
+        return failure is None
+
     def _write(self, path: Path, parts: dict[str, Any], copied: "torch.cuda.Event | None") -> str | None:
         if copied is not None:
             copied.synchronize()
+        elif torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         if not _is_finite(parts):
             return f"{path}: not written, as its weights or moments are not finite"
         try:
