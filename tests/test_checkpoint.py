@@ -1,4 +1,5 @@
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -86,10 +87,15 @@ def test_an_archive_behind_something_else_is_refused(tmp_path: Path) -> None:
     """torch goes by the first bytes and would read what stands there; a pickle of 244 bytes took 2 GB."""
     checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
     content = (tmp_path / "good.pt").read_bytes()
-    for name, hostile in (("before", b"\x80\x02." + content), ("after", content[:-2] + b"\x03\x00abc")):
-        (tmp_path / f"{name}.pt").write_bytes(hostile)
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "twice.pt", "w") as twice:
+        warnings.simplefilter("ignore")  # of names that come twice, the first of which nobody reads
+        for _ in range(2):
+            twice.writestr("x/data.pkl", b"")
+    legacy = b"\x80\x02.." + (tmp_path / "twice.pt").read_bytes()[4:]
+    for hostile in (legacy, b"PK\x03\x04" + content, content[:-2] + b"\x03\x00abc"):
+        (tmp_path / "hostile.pt").write_bytes(hostile)
         with pytest.raises(checkpoint.Damaged) as e:
-            checkpoint.load(tmp_path / f"{name}.pt")
+            checkpoint.load(tmp_path / "hostile.pt")
         assert "not an archive alone" in str(e.value.__cause__)
 
 

@@ -303,17 +303,18 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
     assert lines_of(path) == [{"a": 1}, {"b": 2}, {"c": 3}]
 
 
-def test_curves_are_whole_after_a_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refused", ["flush", "add"])
+def test_curves_are_whole_after_a_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     """TensorBoard reads no further than half an event, so that what waited comes in a file of its own."""
-    step, flush = vgan.train.train_step, vgan.stats.Board.flush
+    step, real = vgan.train.train_step, getattr(vgan.stats.Board, refused)
 
-    def half(board: Any) -> None:
+    def half(board: Any, *_: object) -> None:
         board._file.write(b"half an event")
         full()
 
     def on_a_full_disk(*arguments: Any) -> Any:
         full_now = 120 <= int(arguments[5].index[0]) < 280
-        monkeypatch.setattr(vgan.stats.Board, "flush", half if full_now else flush)
+        monkeypatch.setattr(vgan.stats.Board, refused, half if full_now else real)
         return step(*arguments)
 
     monkeypatch.setattr(vgan.train, "train_step", on_a_full_disk)

@@ -60,6 +60,8 @@ def forgiving_console() -> Iterator[None]:
     try:
         yield
     finally:
+        for stream in forgiving:
+            stream.flush()
         if not any(stream.failed for stream in forgiving):
             sys.stdout, sys.stderr = before
 
