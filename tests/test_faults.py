@@ -248,10 +248,12 @@ def test_the_oldest_checkpoints_make_room_but_never_the_newest_and_never_in_vain
     parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
     size = checkpoint.find(tmp_path / "r").stat().st_size
     needed = checkpoint_bytes(parts)
+    rejected = tmp_path / "r" / "rejected-checkpoint-000000130.pt"
+    rejected.write_bytes(checkpoint.find(tmp_path / "r").read_bytes())
 
     def with_free(free: int) -> list[int]:
         def usage(_: object) -> Any:
-            removed = 3 - len(checkpoint.all_checkpoints(tmp_path / "r"))
+            removed = 4 - len(list((tmp_path / "r").glob("*checkpoint-*.pt")))
             return type("Usage", (), {"free": free + removed * size})
 
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
@@ -259,9 +261,11 @@ def test_the_oldest_checkpoints_make_room_but_never_the_newest_and_never_in_vain
         return [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")]
 
     with pytest.raises(UserError, match="needs 1 MB"):
-        with_free(needed - 3 * size)  # the two that may go are not enough
+        with_free(needed - 4 * size)  # the three that may go are not enough
     assert [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")] == [40, 80, 120]
-    assert with_free(needed - size) == [80, 120, 160]
+    assert rejected.is_file()
+    assert with_free(needed - 2 * size) == [80, 120, 160]
+    assert not rejected.is_file()
 
 
 def checkpoint_bytes(parts: dict[str, Any]) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from vgan.distributed import print0
 from vgan.errors import UserError, is_out_of_memory
 
+DAMAGED, REJECTED = "damaged-", "rejected-"  # what is put before the name of a checkpoint that is not used again
 FORMAT = 2  # raised when the meaning of the parts changes; 1 had no digest and is still read
 _NAME = re.compile(r"checkpoint-(\d{9,})\.pt")
 _PARTS = {"format", "cur_nimg", "config", "sizes", "data", "G", "D", "G_ema", "opt_G", "opt_D", "scaler_G", "scaler_D"}
@@ -83,12 +84,13 @@ def save(path: Path, parts: dict[str, Any], keep: int) -> None:
 
 
 def _make_room(path: Path, tensor_bytes: int) -> None:
-    """Remove the oldest checkpoints, all but the newest, as long as the next one would not fit.
+    """Remove rejected checkpoints, then the oldest, all but the newest, as long as the next one would not fit.
 
     Raises OSError, with none removed, where that would not be enough.
     """
     needed = tensor_bytes + tensor_bytes // 50 + 1_000_000
-    removable = [old for old in all_checkpoints(path.parent)[:-1] if old != path]
+    removable = sorted(path.parent.glob(f"{REJECTED}checkpoint-*.pt"))
+    removable += [old for old in all_checkpoints(path.parent)[:-1] if old != path]
     room = sum(old.stat().st_size for old in removable)
     while (free := shutil.disk_usage(path.parent).free) < needed:
         if free + room < needed or not removable:

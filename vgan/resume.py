@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vgan import checkpoint
+from vgan.checkpoint import DAMAGED, REJECTED
 from vgan.config import require
 from vgan.distributed import barrier, from_first, print0
 from vgan.errors import UserError
@@ -18,7 +19,6 @@ _FREE = (
     "deterministic", "snapshot_kimg", "checkpoint_kimg", "checkpoint_minutes", "keep_checkpoints", "data",
     "eval_kimg", "eval", "features", "watchdog", "batch_gpu", "parallel",
 )  # fmt: skip
-DAMAGED, REJECTED = "damaged-", "rejected-"  # what is put before the name of a checkpoint that is not used again
 
 
 def newest_nimg(run_dir: Path) -> int:
