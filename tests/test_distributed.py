@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from runs import SLOW, TINY, lines_of, train_in_process
 
 from vgan import checkpoint, load_generator
+from vgan.distributed import meet
 from vgan.stopping import RESTART
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed")
@@ -120,6 +123,82 @@ def test_a_signal_to_any_rank_stops_all_in_the_same_step(tmp_path: Path) -> None
     assert out.count("the same command goes on") >= 1
     newest = checkpoint.load(checkpoint.find(tmp_path / "r"))
     assert newest["cur_nimg"] < 1600
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def outputs(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """What each of them said; kills them all where one does not end."""
+    try:
+        return [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
+    store, names = torch.distributed.HashStore(), {}
+
+    def come(rank: int) -> threading.Thread:
+        thread = threading.Thread(target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True)
+        thread.start()
+        return thread
+
+    before = set()
+    for _ in range(2):  # a whole group, and one that finds what the whole one left
+        store.set("vgan/token/1", "of one that died before it was answered")
+        first = come(0)
+        time.sleep(0.2)
+        assert first.is_alive()  # it answers the dead, and waits for the living
+        for thread in (come(2), come(1), first):
+            thread.join(20)
+        assert len(names) == 3
+        assert len(set(names.values())) == 1
+        before |= set(names.values())
+        names.clear()
+    assert len(before) == 2
+
+
+# The last process dies once, while the first is inside a step: the agent of its machine restarts it without having seen it fail.
+DIES_ON_ONE_MACHINE = """
+import os, signal, sys, time, vgan.train
+from pathlib import Path
+step, rank, died = vgan.train.train_step, int(os.environ["RANK"]), Path(sys.argv.pop(1))
+def dying(*a):
+    if int(a[5].index[0]) // 16 == 6 and not (mark := died.with_suffix(f".{rank}")).exists():
+        mark.touch()
+        time.sleep(0.5 if rank else 4)
+        if rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step(*a)
+vgan.train.train_step = dying
+print("restarts counted here:", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+from vgan.cli import train_main
+train_main()
+"""
+
+
+@pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.soak)])
+def test_a_killed_process_of_one_machine_restarts_those_of_all(tmp_path: Path, backend: str) -> None:
+    (tmp_path / "dies.py").write_text(DIES_ON_ONE_MACHINE)
+    port, call = free_port(), [*RUN[:-2], "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2"]
+    script = [str(tmp_path / "dies.py"), str(tmp_path / "died"), *TINY, *CHEAP, "total_kimg=0.16", f"run_dir={tmp_path / 'r'}"]
+    processes = []
+    for machine in range(2):
+        place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=r"]
+        if backend == "static":  # where an agent hears of the other's only by the group's failing
+            place = [f"--node-rank={machine}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        agent = subprocess.Popen([*call, *place, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(agent)
+    told = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "".join(told).count("images on") == 1  # resumed once
+    assert "".join(told).count("Done: 160 images.") == 1
+    assert "".join(told).count("restarts counted here") == 4
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
