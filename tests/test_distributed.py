@@ -1,6 +1,7 @@
 """Several real processes over gloo: the same run as one, to rounding; clean ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -131,6 +132,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def without_torchrun(script: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
+    """Two processes that are told of each other by hand; the first has the store, as it has under older launchers."""
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    call = [sys.executable, str(script), *arguments]
+    places = [{**os.environ, **told, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    return [subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for env in places]
+
+
 def outputs(processes: "list[subprocess.Popen[str]]") -> list[str]:
     """What each of them said; kills them all where one does not end."""
     try:
@@ -201,11 +210,69 @@ def test_a_killed_process_of_one_machine_restarts_those_of_all(tmp_path: Path, b
     assert "".join(told).count("restarts counted here") == 4
 
 
+SLOW_DISK = """
+import os, time, vgan.train
+sync = os.fsync
+os.fsync = lambda f: (time.sleep(2), sync(f))[1]
+from vgan.cli import train_main
+train_main()
+"""
+
+
+def test_no_process_leaves_while_the_first_still_writes(tmp_path: Path) -> None:
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    processes = without_torchrun(tmp_path / "slow_disk.py", *TINY, *CHEAP, "total_kimg=16", f"run_dir={tmp_path / 'r'}")
+    try:
+        wait_for_checkpoint(tmp_path / "r", processes[0])
+        processes[1].send_signal(signal.SIGUSR1)
+        out = processes[1].communicate(timeout=120)[0]
+        written = checkpoint.all_checkpoints(tmp_path / "r")  # at that moment
+    finally:
+        first = outputs(processes[:1])
+    assert [process.returncode for process in processes] == [RESTART, RESTART], (out, first)
+    stopped_at = re.search(r"stopped at ([\d,]+) images and saved", out)
+    assert stopped_at
+    assert checkpoint.nimg_of(written[-1]) == int(stopped_at[1].replace(",", ""))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_sigterm_to_torchrun_ends_the_run_whatever_restarts_it_has(tmp_path: Path) -> None:
+    process = slow(2, tmp_path / "r", restarts=3)
+    wait_for_checkpoint(tmp_path / "r", process)
+    process.terminate()
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode != 0, out
+    assert "images on" not in out  # begun once
+    assert "the same command goes on" in out
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 1600
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_again(tmp_path: Path) -> None:
+    process = slow(2, tmp_path / "r", restarts=1)
+    wait_for_checkpoint(tmp_path / "r", process)
+    os.kill(workers(process)[1], signal.SIGUSR1)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    stopped = re.findall(r"stopped at ([\d,]+) images and saved", out)
+    assert f"from {stopped[0]} images on" in out  # nothing was trained twice
+    assert out.count("Done: 1,600 images.") == 1
+
+
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True)
     assert done.returncode != 0
     assert "batch_size=7: must be a multiple of the 2 processes; try 6" in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+def test_the_script_for_slurm_leaves_the_processes_nearly_all_its_time_to_save() -> None:
+    text = (Path(__file__).resolve().parent.parent / "scripts" / "train.slurm").read_text()
+    told, waits = re.search(r"signal=B:TERM@(\d+)", text), re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text)
+    assert told
+    assert waits
+    assert 30 < int(waits[1]) < int(told[1])  # torchrun's own 30 s; and its end must come before SLURM's
 
 
 @pytest.mark.soak

@@ -14,7 +14,7 @@ from vgan.config import validate
 from vgan.console import TrainingBar
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
-from vgan.distributed import Agreement, from_first, group, print0, rank, world_size
+from vgan.distributed import Agreement, barrier, from_first, group, print0, rank, world_size
 from vgan.ema import update_ema
 from vgan.errors import UserError
 from vgan.evaluate import read_records
@@ -141,6 +141,7 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
         journal.close()
         feed.close()
     agree.close()
+    barrier()  # torchrun ends all when one has left, and rank 0 may still have been writing
     if writer.failure:
         raise UserError(writer.failure)
     if progress.cur_nimg < total_nimg:
