@@ -260,6 +260,44 @@ def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_a
     assert out.count("Done: 1,600 images.") == 1
 
 
+ALIKE = """
+import os, sys, torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from vgan import cli
+from vgan.config import CONFIG_DIR
+from vgan.distributed import group
+from vgan.errors import UserError
+from vgan.run import set_up
+common, rank = sys.argv[1:], os.environ["RANK"]
+with group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    for other in (
+        [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"], ["parallel=fsdp"], ["batch_size=7"]
+    ):
+        config = OmegaConf.to_container(compose("train", overrides=common + (other if rank == "1" else [])), resolve=True)
+        try:
+            set_up(config, torch.device("cpu"), "fp32")
+            print("alike")
+        except UserError as e:
+            print(e)
+"""
+
+
+def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path) -> None:
+    (tmp_path / "alike.py").write_text(ALIKE)
+    told = outputs(without_torchrun(tmp_path / "alike.py", *TINY, *CHEAP, f"data.cache_dir={tmp_path}"))
+    assert told[0] == told[1]
+    fix = "; give all processes the same settings and data"
+    assert told[0].splitlines() == [
+        "alike",
+        "alike",
+        f"data.size is 48 on process 1, 64 on process 0{fix}",
+        f"optim.lr_G.start is 0.5 on process 1, 0.006 on process 0{fix}",
+        f"parallel is fsdp on process 1, ddp on process 0{fix}",
+        f"batch_size is 7 on process 1, 16 on process 0{fix}",
+    ]
+
+
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True)
     assert done.returncode != 0

@@ -114,6 +114,14 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def everywhere(value: T) -> list[T]:
+    """What each process has, in the order of their ranks, on every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mean_(values: Tensor) -> Tensor:
     """Replace values by their mean over all processes, in place."""
     if world_size() > 1:
