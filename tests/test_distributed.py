@@ -298,6 +298,44 @@ def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path
     ]
 
 
+# Weights spoiled on the second process alone, later fakes that only one process finds to be all the same.
+ONE_RANK_GOES_WRONG = """
+import os, torch, vgan.train
+from vgan.watching import Pictures
+step, diversity, rank = vgan.train.train_step, Pictures.diversity, int(os.environ["RANK"])
+reached = [0, 0]
+def harmed(state, recipe, now, real, c, streams, weight):
+    reached[:] = int(streams.index[0]), streams.seed >> 40
+    scalars = step(state, recipe, now, real, c, streams, weight)
+    if rank == 1 and reached[0] >= 64 and reached[1] == 0:
+        with torch.no_grad():
+            next(state.G.parameters()).fill_(float("nan"))
+    return scalars
+def seen(pictures):
+    value = diversity(pictures)
+    low = (rank == 1 and reached[1] == 0) or (rank == 0 and reached[0] >= 100 and reached[1] == 1)
+    return 0.0 if low else value
+vgan.train.train_step, Pictures.diversity = harmed, seen
+from vgan.cli import train_main
+train_main()
+"""
+
+
+def test_the_first_process_decides_on_faults_for_all(tmp_path: Path) -> None:
+    (tmp_path / "harm.py").write_text(ONE_RANK_GOES_WRONG)
+    ticks = ["tick_kimg=0.016", "checkpoint_kimg=0.032", "total_kimg=0.256", f"run_dir={tmp_path / 'r'}"]
+    processes = without_torchrun(tmp_path / "harm.py", *TINY, *CHEAP, *ticks)
+    told = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], told
+    faults = [line["watchdog"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line]
+    assert len(faults) == 2, told
+    assert "was not finite" in faults[0]
+    assert "have collapsed" in faults[1]
+    assert "Done: 256 images." in told[0]
+    final = checkpoint.load(checkpoint.find(tmp_path / "r"))
+    assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
+
+
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True)
     assert done.returncode != 0

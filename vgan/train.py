@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
             if tick or save:
                 means = progress.stats.means() if tick else progress.stats.peek()
                 means |= _scales(run) | ({"diversity": pictures.diversity()} if tick else {})
-                if fault := watchdog.fault(means, now.gamma * float(state.controls.gamma_factor())):
+                gamma = now.gamma * float(state.controls.gamma_factor())
+                if fault := from_first(partial(watchdog.fault, means, gamma)):
                     writer.wait()
                     told = go_back(run, progress, fault)
                     print0(f"\n{told}")
