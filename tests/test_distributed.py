@@ -1,9 +1,12 @@
 """Several real processes over gloo: the same run as one, to rounding; clean ends."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from runs import SLOW, TINY, lines_of, train_in_process
 
 from vgan import checkpoint, load_generator
+from vgan.distributed import meet
 from vgan.stopping import RESTART
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed")
@@ -122,11 +126,229 @@ def test_a_signal_to_any_rank_stops_all_in_the_same_step(tmp_path: Path) -> None
     assert newest["cur_nimg"] < 1600
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def without_torchrun(script: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
+    """Two processes that are told of each other by hand; the first has the store, as it has under older launchers."""
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    call = [sys.executable, str(script), *arguments]
+    places = [{**os.environ, **told, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    return [subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for env in places]
+
+
+def outputs(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """What each of them said; kills them all where one does not end."""
+    try:
+        return [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
+    store, names = torch.distributed.HashStore(), {}
+
+    def come(rank: int) -> threading.Thread:
+        thread = threading.Thread(target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True)
+        thread.start()
+        return thread
+
+    before = set()
+    for _ in range(2):  # a whole group, and one that finds what the whole one left
+        store.set("vgan/token/1", "of one that died before it was answered")
+        first = come(0)
+        time.sleep(0.2)
+        assert first.is_alive()  # it answers the dead, and waits for the living
+        for thread in (come(2), come(1), first):
+            thread.join(20)
+        assert len(names) == 3
+        assert len(set(names.values())) == 1
+        before |= set(names.values())
+        names.clear()
+    assert len(before) == 2
+
+
+# The last process dies once, while the first is inside a step: the agent of its machine restarts it without having seen it fail.
+DIES_ON_ONE_MACHINE = """
+import os, signal, sys, time, vgan.train
+from pathlib import Path
+step, rank, died = vgan.train.train_step, int(os.environ["RANK"]), Path(sys.argv.pop(1))
+def dying(*a):
+    if int(a[5].index[0]) // 16 == 6 and not (mark := died.with_suffix(f".{rank}")).exists():
+        mark.touch()
+        time.sleep(0.5 if rank else 4)
+        if rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step(*a)
+vgan.train.train_step = dying
+print("restarts counted here:", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+from vgan.cli import train_main
+train_main()
+"""
+
+
+@pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.soak)])
+def test_a_killed_process_of_one_machine_restarts_those_of_all(tmp_path: Path, backend: str) -> None:
+    (tmp_path / "dies.py").write_text(DIES_ON_ONE_MACHINE)
+    port, call = free_port(), [*RUN[:-2], "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2"]
+    script = [str(tmp_path / "dies.py"), str(tmp_path / "died"), *TINY, *CHEAP, "total_kimg=0.16", f"run_dir={tmp_path / 'r'}"]
+    processes = []
+    for machine in range(2):
+        place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=r"]
+        if backend == "static":  # where an agent hears of the other's only by the group's failing
+            place = [f"--node-rank={machine}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        agent = subprocess.Popen([*call, *place, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(agent)
+    told = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "".join(told).count("images on") == 1  # resumed once
+    assert "".join(told).count("Done: 160 images.") == 1
+    assert "".join(told).count("restarts counted here") == 4
+
+
+SLOW_DISK = """
+import os, time, vgan.train
+sync = os.fsync
+os.fsync = lambda f: (time.sleep(2), sync(f))[1]
+from vgan.cli import train_main
+train_main()
+"""
+
+
+def test_no_process_leaves_while_the_first_still_writes(tmp_path: Path) -> None:
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    processes = without_torchrun(tmp_path / "slow_disk.py", *TINY, *CHEAP, "total_kimg=16", f"run_dir={tmp_path / 'r'}")
+    try:
+        wait_for_checkpoint(tmp_path / "r", processes[0])
+        processes[1].send_signal(signal.SIGUSR1)
+        out = processes[1].communicate(timeout=120)[0]
+        written = checkpoint.all_checkpoints(tmp_path / "r")  # at that moment
+    finally:
+        first = outputs(processes[:1])
+    assert [process.returncode for process in processes] == [RESTART, RESTART], (out, first)
+    stopped_at = re.search(r"stopped at ([\d,]+) images and saved", out)
+    assert stopped_at
+    assert checkpoint.nimg_of(written[-1]) == int(stopped_at[1].replace(",", ""))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_sigterm_to_torchrun_ends_the_run_whatever_restarts_it_has(tmp_path: Path) -> None:
+    process = slow(2, tmp_path / "r", restarts=3)
+    wait_for_checkpoint(tmp_path / "r", process)
+    process.terminate()
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode != 0, out
+    assert "images on" not in out  # begun once
+    assert "the same command goes on" in out
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 1600
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_again(tmp_path: Path) -> None:
+    process = slow(2, tmp_path / "r", restarts=1)
+    wait_for_checkpoint(tmp_path / "r", process)
+    os.kill(workers(process)[1], signal.SIGUSR1)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    stopped = re.findall(r"stopped at ([\d,]+) images and saved", out)
+    assert f"from {stopped[0]} images on" in out  # nothing was trained twice
+    assert out.count("Done: 1,600 images.") == 1
+
+
+ALIKE = """
+import os, sys, torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from vgan import cli
+from vgan.config import CONFIG_DIR
+from vgan.distributed import group
+from vgan.errors import UserError
+from vgan.run import set_up
+common, rank = sys.argv[1:], os.environ["RANK"]
+with group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    for other in (
+        [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"], ["parallel=fsdp"], ["batch_size=7"]
+    ):
+        config = OmegaConf.to_container(compose("train", overrides=common + (other if rank == "1" else [])), resolve=True)
+        try:
+            set_up(config, torch.device("cpu"), "fp32")
+            print("alike")
+        except UserError as e:
+            print(e)
+"""
+
+
+def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path) -> None:
+    (tmp_path / "alike.py").write_text(ALIKE)
+    told = outputs(without_torchrun(tmp_path / "alike.py", *TINY, *CHEAP, f"data.cache_dir={tmp_path}"))
+    assert told[0] == told[1]
+    fix = "; give all processes the same settings and data"
+    assert told[0].splitlines() == [
+        "alike",
+        "alike",
+        f"data.size is 48 on process 1, 64 on process 0{fix}",
+        f"optim.lr_G.start is 0.5 on process 1, 0.006 on process 0{fix}",
+        f"parallel is fsdp on process 1, ddp on process 0{fix}",
+        f"batch_size is 7 on process 1, 16 on process 0{fix}",
+    ]
+
+
+# Weights spoiled on the second process alone, later fakes that only one process finds to be all the same.
+ONE_RANK_GOES_WRONG = """
+import os, torch, vgan.train
+from vgan.watching import Pictures
+step, diversity, rank = vgan.train.train_step, Pictures.diversity, int(os.environ["RANK"])
+reached = [0, 0]
+def harmed(state, recipe, now, real, c, streams, weight):
+    reached[:] = int(streams.index[0]), streams.seed >> 40
+    scalars = step(state, recipe, now, real, c, streams, weight)
+    if rank == 1 and reached[0] >= 64 and reached[1] == 0:
+        with torch.no_grad():
+            next(state.G.parameters()).fill_(float("nan"))
+    return scalars
+def seen(pictures):
+    value = diversity(pictures)
+    low = (rank == 1 and reached[1] == 0) or (rank == 0 and reached[0] >= 100 and reached[1] == 1)
+    return 0.0 if low else value
+vgan.train.train_step, Pictures.diversity = harmed, seen
+from vgan.cli import train_main
+train_main()
+"""
+
+
+def test_the_first_process_decides_on_faults_for_all(tmp_path: Path) -> None:
+    (tmp_path / "harm.py").write_text(ONE_RANK_GOES_WRONG)
+    ticks = ["tick_kimg=0.016", "checkpoint_kimg=0.032", "total_kimg=0.256", f"run_dir={tmp_path / 'r'}"]
+    processes = without_torchrun(tmp_path / "harm.py", *TINY, *CHEAP, *ticks)
+    told = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], told
+    faults = [line["watchdog"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line]
+    assert len(faults) == 2, told
+    assert "was not finite" in faults[0]
+    assert "have collapsed" in faults[1]
+    assert "Done: 256 images." in told[0]
+    final = checkpoint.load(checkpoint.find(tmp_path / "r"))
+    assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
+
+
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True)
     assert done.returncode != 0
     assert "batch_size=7: must be a multiple of the 2 processes; try 6" in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+def test_the_script_for_slurm_leaves_the_processes_nearly_all_its_time_to_save() -> None:
+    text = (Path(__file__).resolve().parent.parent / "scripts" / "train.slurm").read_text()
+    told, waits = re.search(r"signal=B:TERM@(\d+)", text), re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text)
+    assert told
+    assert waits
+    assert 30 < int(waits[1]) < int(told[1])  # torchrun's own 30 s; and its end must come before SLURM's
 
 
 @pytest.mark.soak

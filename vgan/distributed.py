@@ -6,6 +6,8 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE. Nothing here is needed to run on 
 import contextlib
 import datetime
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 T = TypeVar("T")
 # An evaluation on rank 0 may take long while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
+_MEETING_S = 600  # from the first process that is there until the last one is
 
 
 def rank() -> int:
@@ -49,14 +52,42 @@ def group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank_, size = next(rendezvous("env://", timeout=_PATIENCE))
-    # torchrun keeps its store when it restarts a group, and the dead ones' addresses in it: a hang, seen with torch 2.15
-    store = dist.PrefixStore(f"vgan-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(meet(store, rank_, size), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=_PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def meet(store: dist.Store, rank_: int, size: int) -> str:
+    """A name that the processes of this group share, and no group before it had; returns when all have taken it.
+
+    torchrun keeps its store when it starts a group again, and the dead one's addresses in it: a hang, seen with torch 2.15.
+    Nothing that it tells its processes counts the groups; TORCHELASTIC_RESTART_COUNT is each machine's own. So the first
+    process names the group, and each other one leaves a random token of its own. The first answers whatever tokens it
+    finds, until all have confirmed its name: a token of the dead is answered too, but nobody confirms it, and the living one's
+    takes its place. Raises torch's DistStoreError where somebody has not come after 10 minutes.
+    """
+    name, token, deadline = secrets.token_hex(8), secrets.token_hex(8), time.monotonic() + _MEETING_S
+    missing = list(range(1, size)) if rank_ == 0 else [0]
+    if rank_ != 0:
+        store.set(f"vgan/token/{rank_}", token)
+    while missing:
+        if rank_ == 0:
+            for other in missing:
+                if store.check([f"vgan/token/{other}"]):
+                    store.set(f"vgan/answer/{store.get(f'vgan/token/{other}').decode()}", name)
+            missing = [other for other in missing if not store.check([f"vgan/{name}/{other}"])]
+        elif store.check([f"vgan/answer/{token}"]):
+            name, missing = store.get(f"vgan/answer/{token}").decode(), []
+            store.set(f"vgan/{name}/{rank_}", "here")
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"of {size} processes, number {missing[0]} has not come in {_MEETING_S // 60} minutes")
+        if missing:
+            time.sleep(0.05)  # here rather than in the store, which hears no signal
+    return name
 
 
 @contextlib.contextmanager
@@ -81,6 +112,14 @@ def from_first(make: Callable[[], T]) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]  # type: ignore[return-value]
+
+
+def everywhere(value: T) -> list[T]:
+    """What each process has, in the order of their ranks, on every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def mean_(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from vgan.checkpoint import DAMAGED, REJECTED
 from vgan.config import require
 from vgan.distributed import barrier, from_first, print0
 from vgan.errors import UserError
-from vgan.run import Progress, Run, set_up
+from vgan.run import Progress, Run, flat, set_up
 from vgan.stopping import GaveUp
 from vgan.watchdog import NEXT
 
@@ -69,7 +69,7 @@ def _newest(run: Run) -> dict[str, Any] | None:
 
 def compare(run: Run, parts: dict[str, Any]) -> None:
     """Refuse what would spoil the run, and print what else has changed."""
-    before, now, where = _flat(parts["config"]), _flat(run.config), f"run_dir={run.run_dir}"
+    before, now, where = flat(parts["config"]), flat(run.config), f"run_dir={run.run_dir}"
     if parts["data"]["digest"] != run.dataset.digest:
         told = [f"{k} was {before.get(k)}, is {now.get(k)}" for k in now if k.startswith("data.") and now[k] != before.get(k)]
         what = "; ".join(told) or f"the pictures of {parts['data']['name']} were others"
@@ -118,10 +118,3 @@ def _before(run: Run, further: int) -> dict[str, Any] | None:
     for path in found[max(1, len(found) - further) :]:
         path.replace(path.with_name(REJECTED + path.name))
     return _newest(run)
-
-
-def _flat(node: Any, name: str = "") -> dict[str, Any]:
-    """{'a.b': value} of nested dicts."""
-    if not isinstance(node, dict):
-        return {name: node}
-    return {k: v for key, child in node.items() for k, v in _flat(child, f"{name}.{key}" if name else str(key)).items()}

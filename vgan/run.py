@@ -15,8 +15,9 @@ from vgan.data.source import Dataset
 from vgan.data.store import default_cache_dir
 from vgan.data.stream import StreamFeed
 from vgan.device import pick_depthwise
-from vgan.distributed import first_on_machine, rank, world_size
+from vgan.distributed import everywhere, first_on_machine, from_first, rank, world_size
 from vgan.ema import ema_copy
+from vgan.errors import UserError
 from vgan.losses import RELATIVISTIC
 from vgan.models.layers import fuse_depthwise
 from vgan.parallel import shard
@@ -24,6 +25,10 @@ from vgan.schedules import cosine
 from vgan.stats import Stats
 from vgan.steps import Moment, Recipe, Split, State
 from vgan.watchdog import Rescue, Varied
+
+# Settings that may differ between the processes of a run: where things lie on a machine, and what rank 0 alone makes use of.
+# Data sets are compared by their digest.
+_OWN = ("run_dir", "device", "threads", "precision", "data", "features")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,12 @@ class Progress:
 
 
 def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
-    """Data, networks, optimizers, losses and schedules: everything that can be wrong, before the first step."""
+    """Data, networks, optimizers, losses and schedules: everything that can be wrong, before the first step.
+
+    Raises UserError on all processes where one of them was given other settings or data than the first.
+    """
+    settings = {k: v for k, v in flat(config).items() if k.split(".")[0] not in _OWN} | {"precision": precision}
+    _require_alike(settings, settings)
     optim, loss, augment = config["optim"], config["loss"], config["augment"]
     d_loss, g_loss = build.build_loss(loss["name"])
     transforms = build.build_augment(augment["transforms"])
@@ -81,6 +91,8 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     recipe = Recipe(d_loss, g_loss, loss["name"] in RELATIVISTIC, transforms, device, precision, config["penalty"], split)
     with first_on_machine():
         dataset = build.build_dataset(config["data"])
+    shards = [url.rpartition("/")[2] for url in dataset.stream.urls] if dataset.stream else []
+    _require_alike((dataset.digest, shards), flat(config["data"], "data"))
     rule = "pictures of a stream cannot be kept out of training; leave it at 0"
     require(dataset.stream is None or config["holdout"] == 0, "holdout", config["holdout"], rule)
     ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {k: optim[k] for k in ("lr_G", "lr_D", "beta2")}
@@ -109,6 +121,25 @@ def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
     identity = {"config": config, "sizes": sizes, "data": data}
     return Run(config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity)
+
+
+def _require_alike(what: Any, told: dict[str, Any]) -> None:
+    """Raise UserError on all processes unless `what` is the same on them; of `told` it names what differs."""
+    first, theirs = from_first(lambda: (what, told))
+    keys = [k for k in {**theirs, **told} if told.get(k) != theirs.get(k)][:3] if what != first else []
+    mine = "; ".join(f"{k} is {told.get(k)} on process {rank()}, {theirs.get(k)} on process 0" for k in keys)
+    if what != first and not mine:
+        mine = f"data: the pictures on process {rank()} are others than those on process 0"
+    for differing in everywhere(mine):
+        if differing:
+            raise UserError(f"{differing}; give all processes the same settings and data")
+
+
+def flat(node: Any, name: str = "") -> dict[str, Any]:
+    """{'a.b': value} of nested dicts."""
+    if not isinstance(node, dict):
+        return {name: node}
+    return {k: v for key, child in node.items() for k, v in flat(child, f"{name}.{key}" if name else str(key)).items()}
 
 
 def open_feed(run: Run) -> Feed | StreamFeed:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vgan.config import validate
 from vgan.console import TrainingBar
 from vgan.data.store import default_cache_dir
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
-from vgan.distributed import Agreement, from_first, group, print0, rank, world_size
+from vgan.distributed import Agreement, barrier, from_first, group, print0, rank, world_size
 from vgan.ema import update_ema
 from vgan.errors import UserError
 from vgan.evaluate import read_records
@@ -109,7 +110,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
             if tick or save:
                 means = progress.stats.means() if tick else progress.stats.peek()
                 means |= _scales(run) | (spare("diversity", lambda: {"diversity": pictures.diversity()}) if tick else {})
-                if fault := watchdog.fault(means, now.gamma * float(state.controls.gamma_factor()), progress.varied):
+                gamma = now.gamma * float(state.controls.gamma_factor())
+                if fault := from_first(partial(watchdog.fault, means, gamma, progress.varied)):
                     writer.wait()
                     told = go_back(run, progress, fault)
                     print0(f"\n{told}")
@@ -139,6 +141,7 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
         journal.close()
         feed.close()
     agree.close()
+    barrier()  # torchrun ends all when one has left, and rank 0 may still have been writing
     if writer.failure:
         raise UserError(writer.failure)
     if progress.cur_nimg < total_nimg:
