@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from vgan.errors import UserError
+
 T = TypeVar("T")
 # An evaluation on rank 0 may take long while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
@@ -68,7 +70,7 @@ def meet(store: dist.Store, rank_: int, size: int) -> str:
     Nothing that it tells its processes counts the groups; TORCHELASTIC_RESTART_COUNT is each machine's own. So the first
     process names the group, and each other one leaves a random token of its own. The first answers whatever tokens it
     finds, until all have confirmed its name: a token of the dead is answered too, but nobody confirms it, and the living one's
-    takes its place. Raises torch's DistStoreError where somebody has not come after 10 minutes.
+    takes its place. Raises UserError where somebody has not come after 10 minutes.
     """
     name, token, deadline = secrets.token_hex(8), secrets.token_hex(8), time.monotonic() + _MEETING_S
     missing = list(range(1, size)) if rank_ == 0 else [0]
@@ -84,7 +86,8 @@ def meet(store: dist.Store, rank_: int, size: int) -> str:
             name, missing = store.get(f"vgan/answer/{token}").decode(), []
             store.set(f"vgan/{name}/{rank_}", "here")
         if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"of {size} processes, number {missing[0]} has not come in {_MEETING_S // 60} minutes")
+            told = f"process {missing[0]} of {size} has not come in {_MEETING_S // 60} minutes"
+            raise UserError(f"{told}; see what its machine says, then start all of them again")
         if missing:
             time.sleep(0.05)  # here rather than in the store, which hears no signal
     return name
