@@ -206,7 +206,7 @@ def test_sound_archives_of_every_writer_are_read(tmp_path: Path) -> None:
             assert file is not None
             parts[member.name] = file.read()
     made: dict[str, bytes] = {"a.tar.gz": gzip.compress(source.read_bytes()), "a.tar.bz2": bz2.compress(source.read_bytes())}
-    long = "n" * 150 + "/"  # longer than a header has room for
+    long = "BZh" + "n" * 150 + "/"  # longer than a header has room for
     for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:

@@ -39,7 +39,8 @@ PAUSES_S = (1, 2, 4, 8, 15, 30, 30, 30, 60, 60, 60)  # before each new try of wh
 TIMEOUT_S = 15.0  # for which a server may be silent, and so the longest that `StreamFeed.close` waits for one
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
-_MOST_HEADER = 1_000_000  # bytes of a long name or of a member's attributes, which tarfile reads as a whole
+_READ_WHOLE = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MOST_HEADER = 1_000_000  # bytes of those: long names and attributes of members
 _MOST_HELD = 1_000_000_000  # bytes of undecoded pictures
 _LOOKED_AT = 16  # shards whose stamps are in the fingerprint: those that the packed sample comes from, as a rule
 _END = 64 * 1024  # bytes at either end of a local shard that are looked at
@@ -317,7 +318,7 @@ class _Body:
 
     def head(self) -> bytes:
         """The first bytes, which `read` gives once more."""
-        self._head = self.read(6)
+        self._head = self.read(10)
         return self._head
 
     def read(self, size: int) -> bytes:
@@ -368,9 +369,9 @@ class _Shard:
         head = body.head()
         if head.startswith(b"\x1f\x8b"):
             return gzip.GzipFile(fileobj=body, mode="rb")
-        if head.startswith(b"BZh"):
+        if head.startswith(b"BZh") and head[4:] == b"1AY&SY":  # or a member is called so
             return bz2.BZ2File(body)
-        if head == b"\xfd7zXZ\0":  # what is in it may tell its reader to take gigabytes
+        if head.startswith(b"\xfd7zXZ\0"):  # what is in it may tell its reader to take gigabytes
             raise tarfile.ReadError("xz is not read; use tar, tar.gz or tar.bz2")
         return body
 
@@ -395,7 +396,7 @@ class _Header(tarfile.TarInfo):
         header = super().frombuf(buf, encoding, errors)
         if header.type == tarfile.GNUTYPE_SPARSE:
             header._refuse_sparse()
-        if header.type not in tarfile.REGULAR_TYPES and header.size > _MOST_HEADER:
+        if header.type in _READ_WHOLE and header.size > _MOST_HEADER:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
         return header
 
