@@ -23,7 +23,8 @@ from runs import TINY, train_in_process
 import vgan.train
 from vgan import checkpoint, cli, load_generator
 from vgan.config import TrainConfig, explained_keys
-from vgan.data.folder import MOST_BYTES, Folder
+from vgan.data.folder import Folder
+from vgan.data.source import MOST_BYTES
 from vgan.data.store import pack
 from vgan.errors import UserError
 

@@ -142,14 +142,14 @@ def flat(node: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, child in node.items() for k, v in flat(child, f"{name}.{key}" if name else str(key)).items()}
 
 
-def open_feed(run: Run) -> Feed | StreamFeed:
-    """The batches of a run, or this process's share of them."""
+def open_feed(run: Run, end_wait: Callable[[], bool] = lambda: False) -> Feed | StreamFeed:
+    """The batches of a run, or this process's share of them; `end_wait` as for StreamFeed."""
     config, share = run.config, (rank(), world_size())
     if run.dataset.stream is None:
         return Feed(run.dataset, config["batch_size"], config["seed"], run.recipe.device, holdout=config["holdout"], share=share)
     cache = config["data"].get("cache_dir")
     cache_dir = Path(cache).expanduser() if cache else default_cache_dir()
-    return StreamFeed(run.dataset, config["batch_size"], config["seed"], run.recipe.device, share, cache_dir)
+    return StreamFeed(run.dataset, config["batch_size"], config["seed"], run.recipe.device, share, cache_dir, end_wait)
 
 
 def _rows_of_each_process(batch_size: int) -> int:

@@ -14,6 +14,7 @@ from vgan import checkpoint
 from vgan.config import validate
 from vgan.console import TrainingBar
 from vgan.data.store import default_cache_dir
+from vgan.data.stream import Interrupted
 from vgan.device import keep_compiled, pick_compile, pick_device, pick_precision, prepare_process
 from vgan.distributed import Agreement, barrier, from_first, group, print0, rank, world_size
 from vgan.ema import update_ema
@@ -27,7 +28,7 @@ from vgan.run import Progress, Run, open_feed, set_up
 from vgan.schedules import ema_decay
 from vgan.stats import Journal
 from vgan.steps import compiled, train_step
-from vgan.stopping import Stopped, StopRequest
+from vgan.stopping import EARLY, Stopped, StopRequest
 from vgan.watchdog import Watchdog
 from vgan.watching import Judge, Luxuries, Pictures, Unseen, Watch, sheet_of, start_record, summary
 from vgan.writer import CheckpointWriter
@@ -79,7 +80,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     config, state, recipe = run.config, run.state, run.recipe
     batch_size, total_nimg, ema = config["batch_size"], _total_nimg(config), config["ema"]
     penalty_every, rows = config["loss"]["penalty_every"], batch_size // world_size()
-    feed = open_feed(run)
+    # of several processes none may leave a step that the others are in; theirs ends when the data comes or is given up
+    feed = open_feed(run, (lambda: stop.requested) if world_size() == 1 else (lambda: False))
     journal, watch, pictures = Journal(run.run_dir, progress.cur_nimg), Watch(progress.cur_nimg), Pictures(run)
     unseen, spare = Unseen(run) if config["holdout"] else None, Luxuries()
     writer = CheckpointWriter(config["keep_checkpoints"], lambda failure: print0(f"\n{failure}; training goes on"))
@@ -96,7 +98,14 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
             now, before = progress.moment(run), progress.cur_nimg
             streams = Streams(progress.rescue.seed(config["seed"]), before + rank() * rows, rows, recipe.device)
             penalize = (before // batch_size) % penalty_every == 0
-            real, label = feed.batch(before)
+            try:
+                real, label = feed.batch(before)
+            except (Interrupted, UserError) as e:
+                if world_size() == 1 and before > 0:  # between two steps the state is sound; saving takes all processes
+                    writer.begin(checkpoint.path_at(run.run_dir, before), progress.parts(run))
+                if isinstance(e, UserError):
+                    raise
+                break
             progress.stats.add(train_step(state, recipe, now, real, label, streams, penalty_every if penalize else 0))
             progress.cur_nimg = cur_nimg = before + batch_size
             update_ema(state.G_ema, state.G, ema_decay(ema["halflife_kimg"], ema["ramp"], cur_nimg, batch_size))
@@ -145,7 +154,8 @@ def loop(run: Run, progress: Progress, stop: StopRequest) -> None:
     if writer.failure:
         raise UserError(writer.failure)
     if progress.cur_nimg < total_nimg:
-        raise Stopped(f"stopped at {progress.cur_nimg:,} images and saved; the same command goes on")
+        saved = f"stopped at {progress.cur_nimg:,} images and saved; the same command goes on"
+        raise Stopped(saved if progress.cur_nimg else EARLY)
     print0(f"Done: {progress.cur_nimg:,} images.\n{_next_commands(run.run_dir)}")
 
 

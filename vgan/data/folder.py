@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vgan.data.source import (
+    MOST_BYTES,
     UNREADABLE,
     BadImage,
     Examined,
@@ -22,7 +23,6 @@ from vgan.data.source import (
 from vgan.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-MOST_BYTES = 300_000_000  # of one picture
 _RULES = 2  # counts up with every change to how a picture becomes a square, so that packed ones are made anew
 
 

@@ -24,6 +24,7 @@ from vgan.errors import UserError
 from vgan.randomness import permute
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more, one of which runs programs
+MOST_BYTES = 300_000_000  # of one picture's file
 MOST_PIXELS = 90_000_000  # of one picture; Pillow's own limit is twice that
 _LARGE = threading.Lock()  # large pictures are decoded one at a time
 # All that libraries for pictures, zips and arrays raise on damaged files
