@@ -7,7 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 FLOORS = [
-    {"distributed", "errors"},
+    {"errors"},
+    {"distributed"},
     {"config", "console", "device", "files", "images", "kernels", "randomness", "stopping"},
     {
         "augment",

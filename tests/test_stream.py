@@ -17,6 +17,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from runs import TINY, assert_same_run, train_in_process
 
+import vgan.train
 from vgan import checkpoint
 from vgan.data import stream as streams
 from vgan.data.source import BadImage, Dataset
@@ -482,12 +484,16 @@ def test_a_run_without_data_saves_and_goes_on_to_the_last_bit(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["data=webdataset", f"data.urls='{server.urls}'", "data.classes=3", "data.sample=20", "size=xs"]
-    options += ["data.resolution=16", f"data.cache_dir={tmp_path / 'cache'}", "schedule_kimg=0.2", "checkpoint_kimg=1"]
-    tiny = [*options, *(o for o in TINY if "data" not in o and "kimg" not in o), "tick_kimg=0.04", "snapshot_kimg=0.2"]
-    train_in_process(tmp_path / "whole", "total_kimg=0.2", tiny=tiny)
+    options += ["data.resolution=16", f"data.cache_dir={tmp_path / 'cache'}", "schedule_kimg=0.4", "checkpoint_kimg=1"]
+    tiny = [*options, *(o for o in TINY if "data" not in o and "kimg" not in o), "tick_kimg=0.04", "snapshot_kimg=0.4"]
+    train_in_process(tmp_path / "whole", "total_kimg=0.4", tiny=tiny)
     cut = tmp_path / "cut"
 
-    first, wait = server.gets, streams.wait
+    wait, step, steps = streams.wait, vgan.train.train_step, []
+
+    def counted(*args: Any) -> Any:
+        steps.append(1)
+        return step(*args)
 
     def wait_and_stop(*args: object) -> object:  # a stop is asked for once data is waited for in vain
         done, left = wait(*args)  # type: ignore[arg-type]
@@ -496,21 +502,21 @@ def test_a_run_without_data_saves_and_goes_on_to_the_last_bit(
         return done, left
 
     monkeypatch.setattr(streams, "wait", wait_and_stop)
-    server.answer = lambda n: 200 if n < first + 10 else 503
+    monkeypatch.setattr(vgan.train, "train_step", counted)
+    server.answer = lambda n: 200 if len(steps) < 3 else 503
     with pytest.raises(Stopped) as stopped:
-        train_in_process(cut, "total_kimg=0.2", tiny=tiny)
+        train_in_process(cut, "total_kimg=0.4", tiny=tiny)
     assert stopped.value.code == RESTART
     then = checkpoint.nimg_of(checkpoint.find(cut))
-    assert 0 < then < 200
-    begun = server.gets
-    server.answer = lambda n: 200 if n < begun + 14 else 503
+    assert 24 <= then < 400
+    steps.clear()
     monkeypatch.setattr(streams, "wait", wait)
     monkeypatch.setattr(streams, "PAUSES_S", (0.0,) * 3)
     with pytest.raises(UserError, match="see to the server"):
-        train_in_process(cut, "total_kimg=0.2", tiny=tiny)
-    assert then < checkpoint.nimg_of(checkpoint.find(cut)) < 200
+        train_in_process(cut, "total_kimg=0.4", tiny=tiny)
+    assert then + 24 <= checkpoint.nimg_of(checkpoint.find(cut)) < 400
     server.answer = lambda n: 200
-    train_in_process(cut, "total_kimg=0.2", tiny=tiny)
+    train_in_process(cut, "total_kimg=0.4", tiny=tiny)
     assert_same_run(tmp_path / "whole", cut)
 
 
