@@ -55,8 +55,7 @@ _STORE.store(name="demo_schema", node=DemoConfig)
 
 def train_main() -> None:
     """vgan-train"""
-    expect_stops()
-    with forgiving_console():
+    with expect_stops(), forgiving_console():
         _open("vgan-train", TrainConfig, _train, TRAIN_INTRO)
 
 

@@ -1,7 +1,9 @@
 """Stopping a run well: after the step, with everything saved."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from vgan.errors import UserError
@@ -28,12 +30,18 @@ def _remember(number: int, frame: Any) -> None:
     signal.default_int_handler(number, frame)
 
 
-def expect_stops() -> None:
+@contextlib.contextmanager
+def expect_stops() -> Iterator[None]:
     """Let SIGTERM, SIGUSR1 and SIGHUP before the first step leave with RESTART: nothing to save, and as much to do as before."""
-    if threading.current_thread() is threading.main_thread():
-        for number in _ASKING:
-            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, _stop_early)
+    main = threading.current_thread() is threading.main_thread()
+    mine = [s for s in _ASKING if main and s != signal.SIGINT and signal.getsignal(s) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, _stop_early)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _stop_early(number: int, frame: Any) -> None:

@@ -30,6 +30,15 @@ def to_host(node: Any) -> Any:
     return node
 
 
+def _begin_copy(parts: dict[str, Any]) -> "tuple[dict[str, Any], torch.cuda.Event | None]":
+    """The copy, and what to wait for before it is read."""
+    copied, done = to_host(parts), None
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        done = torch.cuda.Event()
+        done.record()
+    return copied, done
+
+
 class CheckpointWriter:
     """Writes one checkpoint at a time; `begin` waits only where the one before is still being written.
 
@@ -52,18 +61,13 @@ class CheckpointWriter:
             return
         start = time.perf_counter()
         self.wait()
-        copied = to_host(parts)
-        done = None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            done = torch.cuda.Event()
-            done.record()
-        self._begun = self._pool.submit(self._write, path, copied, done)
+        self._begun = self._pool.submit(self._write, path, *_begin_copy(parts))
         self.stalled_s += time.perf_counter() - start
 
     def write(self, path: Path, parts: dict[str, Any]) -> bool:
         """Write a checkpoint that is not the newest, such as the best, and wait for it; whether it is on the disk."""
         self.wait()
-        failure = self._write(path, to_host(parts), None)
+        failure = self._write(path, *_begin_copy(parts))
         if failure:
             self._report(failure)
         return failure is None
@@ -71,8 +75,6 @@ class CheckpointWriter:
     def _write(self, path: Path, parts: dict[str, Any], copied: "torch.cuda.Event | None") -> str | None:
         if copied is not None:
             copied.synchronize()
-        elif torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
         if not _is_finite(parts):
             return f"{path}: not written, as its weights or moments are not finite"
         try:
