@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from bench import prepare, step_seconds
 
+from vgan.data.packed import default_cache_dir
 from vgan.data.shapes import SHAPE_NAMES, Oracle, score_samples
-from vgan.data.store import default_cache_dir
-from vgan.device import pick_device
-from vgan.drawing import draw, drawing_precision, load_generator
-from vgan.evaluate import make_evaluator
+from vgan.evaluation.evaluate import make_evaluator
+from vgan.inference.load import draw, drawing_precision, load_generator
 from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.runtime.device import pick_device
 
 RUNGS = ("plain", "conv", "sep", "attn", "adaptive")
 # Tanh saturates at the others' rate: after 4,000 images of the embedded shapes plain's pictures were white, its gradient 0
@@ -49,15 +49,25 @@ def matched(rung: str, overrides: list[str]) -> list[str]:
     options = list(dict.fromkeys(widths_override(widths, f / 40) for f in range(10, 160)))
 
     def size(option: str) -> int:
-        return count_parameters(prepare([*overrides, f"model={rung}", option, "compile=false"]).run.state.G)
+        return count_parameters(
+            prepare([*overrides, f"model={rung}", option, "compile=false"]).run.state.G
+        )
 
     extra = []
     if rung == "plain":
         ramp = reference.config["optim"]["lr_G"]
-        extra = [f"optim.lr_G.{end}={min(ramp[end], most)}" for end, most in (("start", PLAINS_LR), ("end", PLAINS_LR / 2))]
+        extra = [
+            f"optim.lr_G.{end}={min(ramp[end], most)}"
+            for end, most in (("start", PLAINS_LR), ("end", PLAINS_LR / 2))
+        ]
     at = min(bisect.bisect_left(options, target, key=size), len(options) - 1)
     near = options[max(0, at - 1) : at + 1]
-    return [*overrides, f"model={rung}", min(near, key=lambda option: abs(size(option) - target)), *extra]
+    return [
+        *overrides,
+        f"model={rung}",
+        min(near, key=lambda option: abs(size(option) - target)),
+        *extra,
+    ]
 
 
 def measure(overrides: list[str], seconds: float) -> float:
@@ -75,7 +85,11 @@ def describe(overrides: list[str]) -> dict[str, Any]:
     G = run.state.G
     c = torch.zeros(1, run.dataset.label_dim, device=run.recipe.device)
     z = torch.zeros(1, G.z_dim, device=run.recipe.device)  # type: ignore[call-overload]
-    return {"parameters": count_parameters(G), "multiply_adds": count_multiply_adds(G, z, c), "overrides": overrides}
+    return {
+        "parameters": count_parameters(G),
+        "multiply_adds": count_multiply_adds(G, z, c),
+        "overrides": overrides,
+    }
 
 
 def train(overrides: list[str], run_dir: Path) -> None:
@@ -84,7 +98,12 @@ def train(overrides: list[str], run_dir: Path) -> None:
         log = run_dir.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as f:
-            subprocess.run([sys.executable, "-c", code, *overrides, f"run_dir={run_dir}"], check=True, stdout=f, stderr=f)
+            subprocess.run(
+                [sys.executable, "-c", code, *overrides, f"run_dir={run_dir}"],
+                check=True,
+                stdout=f,
+                stderr=f,
+            )
         (run_dir / "done").touch()
 
 
@@ -95,13 +114,27 @@ def judge(run_dir: Path, overrides: list[str], n: int) -> dict[str, float]:
         return json.loads(path.read_text())
     run = prepare([*overrides, "compile=false"]).run
     device = pick_device(run.config["device"])
-    config = {**run.config, **run.config["eval"], "n": n, "batch_size": 128, "metrics": ["fid", "kid", "pr", "diversity"]}
+    config = {
+        **run.config,
+        **run.config["eval"],
+        "n": n,
+        "batch_size": 128,
+        "metrics": ["fid", "kid", "pr", "diversity"],
+    }
     G, precision = load_generator(run_dir), drawing_precision("auto", device)
     values = make_evaluator(config, run.dataset, device)(G, precision, default_cache_dir()).values
     if run.dataset.name == "shapes":
-        images = torch.cat([draw(G, index, seed=0) for index in torch.arange(2000).split(100)]).permute(0, 2, 3, 1).cpu().numpy()
+        images = (
+            torch.cat([draw(G, index, seed=0) for index in torch.arange(2000).split(100)])
+            .permute(0, 2, 3, 1)
+            .cpu()
+            .numpy()
+        )
         asked = torch.arange(2000).numpy() % len(SHAPE_NAMES)
-        values |= {f"oracle_{k}": v for k, v in score_samples(Oracle(images.shape[1])(images), asked).items()}
+        values |= {
+            f"oracle_{k}": v
+            for k, v in score_samples(Oracle(images.shape[1])(images), asked).items()
+        }
     ticks = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     values["peak_gb"] = max(t.get("memory/peak_gb", 0) for t in ticks)
     path.write_text(json.dumps(values))
@@ -138,10 +171,16 @@ def write_table(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None
             f"{row['img_per_s']:,.0f}",
             f"{row['nimg']:,}",
         ]
-        cells += [spread([s["fid"] for s in scores], 2), spread([1000 * s["kid"] for s in scores], 2)]
+        cells += [
+            spread([s["fid"] for s in scores], 2),
+            spread([1000 * s["kid"] for s in scores], 2),
+        ]
         cells += [spread([s[k] for s in scores], 2) for k in ("precision", "recall", "diversity")]
         if oracle:
-            cells += [spread([100 * s["oracle_precision"] for s in scores], 1), spread([s["oracle_coverage"] for s in scores], 1)]
+            cells += [
+                spread([100 * s["oracle_precision"] for s in scores], 1),
+                spread([s["oracle_coverage"] for s in scores], 1),
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -151,7 +190,9 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        print(f"no {path.name}: needs matplotlib (uv run --with matplotlib python scripts/ablate.py ...)")
+        print(
+            f"no {path.name}: needs matplotlib (uv run --with matplotlib python scripts/ablate.py ...)"
+        )
         return
     figure = Figure(figsize=(6, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -167,10 +208,14 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     parser.add_argument("--minutes", type=float, default=3, help="of training for each run")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, with seeds 0, 1, ...")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each rung, with seeds 0, 1, ..."
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--n", type=int, default=10_000, help="fakes for the distance")
     parser.add_argument("--rungs", default=",".join(RUNGS))
@@ -193,14 +238,22 @@ def main() -> None:
     jobs = {}
     for seed in range(args.seeds):
         for rung, row in rows.items():
-            jobs[rung, seed] = [*row["overrides"], f"seed={seed}", f"total_kimg={row['nimg'] / 1000:g}"]
+            jobs[rung, seed] = [
+                *row["overrides"],
+                f"seed={seed}",
+                f"total_kimg={row['nimg'] / 1000:g}",
+            ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(jobs[job], args.out / f"{job[0]}-{job[1]}"), jobs))
     for rung, row in rows.items():
-        row["scores"] = [judge(args.out / f"{rung}-{s}", jobs[rung, s], args.n) for s in range(args.seeds)]
+        row["scores"] = [
+            judge(args.out / f"{rung}-{s}", jobs[rung, s], args.n) for s in range(args.seeds)
+        ]
     (args.out / "ladder.json").write_text(json.dumps(rows, indent=1))
     what = " ".join(args.overrides) or "the embedded default"
-    title = f"{args.minutes:g} minutes a run, {args.seeds} seeds; {what}; ± is one standard deviation"
+    title = (
+        f"{args.minutes:g} minutes a run, {args.seeds} seeds; {what}; ± is one standard deviation"
+    )
     write_table(rows, args.out / "ladder.md", title)
     plot(rows, args.out / "ladder.png")
 

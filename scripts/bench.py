@@ -33,17 +33,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vgan.cli  # noqa: F401  registers the schema
+from vgan.apps.benchmark import (
+    BenchmarkRun,
+    device_name,
+    first_steps,
+    make_benchmark_run,
+    peak_gb,
+    release,
+    step_seconds,
+    time_of,
+)
 from vgan.config import CONFIG_DIR, validate
-from vgan.device import pick_device, pick_precision, prepare_process
-from vgan.drawing import draw, to_host
-from vgan.ema import update_ema
-from vgan.errors import UserError
+from vgan.inference.load import draw, to_host
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
-from vgan.steps import Batch, d_step, g_step, train_step
-from vgan.trial import Subject, device_name, first_steps, make_subject, peak_gb, release, step_seconds, time_of
+from vgan.runtime.device import pick_device, pick_precision, prepare_process
+from vgan.runtime.errors import UserError
+from vgan.training.ema import update_ema
+from vgan.training.step import Batch, d_step, g_step, train_step
 
-DENSE, GROUPED = (f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped"))
+DENSE, GROUPED = (
+    f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped")
+)
 # name -> overrides. Two words are no overrides: "nchw" is another memory format, and "plain" what the same model does in
 # float32 and NCHW without any of vgan's settings of the process (in a process of its own). On a CPU, compiling takes minutes.
 TOGGLES = {
@@ -54,12 +65,12 @@ TOGGLES = {
         "NCHW": "nchw",
         "tf32": "precision=tf32",
         "fp32": "precision=fp32",
-        "penalty=difference": "penalty=difference",
-        "penalty=exact": "penalty=exact",
+        "penalty=finite_difference": "penalty=finite_difference",
+        "penalty=double_backward": "penalty=double_backward",
         "no penalty": "loss.penalty_every=1000000",
         "dense": DENSE,
         "grouped": GROUPED,
-        "grouped, exact, eager": f"{GROUPED} penalty=exact compile=false",
+        "grouped, exact, eager": f"{GROUPED} penalty=double_backward compile=false",
         "depthwise=triton": "depthwise=triton",
         "cuda_graphs": "cuda_graphs=true",
         "plain": "plain",
@@ -68,8 +79,8 @@ TOGGLES = {
         "NCHW": "nchw",
         "fp32": "precision=fp32",
         "NCHW, fp32": "nchw precision=fp32",
-        "penalty=difference": "penalty=difference",
-        "penalty=exact": "penalty=exact",
+        "penalty=finite_difference": "penalty=finite_difference",
+        "penalty=double_backward": "penalty=double_backward",
         "no penalty": "loss.penalty_every=1000000",
         "dense": DENSE,
         "grouped": GROUPED,
@@ -81,7 +92,7 @@ THREADS = torch.get_num_threads()  # to go back to after a variant that sets its
 TOGGLES["mps"] = {k: v for k, v in TOGGLES["cpu"].items() if k != "one thread"}
 
 
-def prepare(overrides: list[str]) -> Subject:
+def prepare(overrides: list[str]) -> BenchmarkRun:
     """Build the run that the overrides describe, compiled where they say so. Raises UserError for wrong ones."""
     plain = "plain" in overrides
     nchw = plain or "nchw" in overrides
@@ -96,7 +107,7 @@ def prepare(overrides: list[str]) -> Subject:
     if not plain:
         torch.set_num_threads(THREADS)
         prepare_process(device, precision, config["threads"])
-    subject = replace(make_subject(config, device, precision), nchw=nchw)
+    subject = replace(make_benchmark_run(config, device, precision), nchw=nchw)
     if nchw:
         for network in (subject.run.state.G, subject.run.state.D, subject.run.state.G_ema):
             network.to(memory_format=torch.contiguous_format)
@@ -104,7 +115,7 @@ def prepare(overrides: list[str]) -> Subject:
 
 
 @contextmanager
-def memory_format_of(subject: Subject) -> Iterator[None]:
+def memory_format_of(subject: BenchmarkRun) -> Iterator[None]:
     """Let the networks lay out their maps as the subject says."""
     kinds: list[Any] = [LatentInput, Discriminator]
     before = LatentInput.memory_format
@@ -117,7 +128,7 @@ def memory_format_of(subject: Subject) -> Iterator[None]:
             kind.memory_format = before
 
 
-def phases(subject: Subject, seconds: float) -> dict[str, float]:
+def phases(subject: BenchmarkRun, seconds: float) -> dict[str, float]:
     """Seconds a step in each phase. What cannot run alone (the penalty, a network without its optimizer) is a difference."""
     run = subject.run
     state, recipe, now = run.state, run.recipe, run.moment_at(0)
@@ -168,7 +179,9 @@ class Counter(TorchDispatchMode):
         elif name == "convolution_backward":
             grad, x, weight, mask = args[0], args[1], args[2], args[10]
             flops = 2 * grad.numel() * weight[0].numel() * (mask[0] + mask[1])
-            self.add(flops, [grad, *([x] if mask[1] else []), *([weight] if mask[0] else []), *out[:2]])
+            self.add(
+                flops, [grad, *([x] if mask[1] else []), *([weight] if mask[0] else []), *out[:2]]
+            )
         elif name in ("mm", "addmm", "bmm", "baddbmm"):
             a, b = args[-2:]
             self.add(2 * out.numel() * a.shape[-1], [a, b, out])
@@ -177,11 +190,13 @@ class Counter(TorchDispatchMode):
             q, k, v = (t for t in args[1:4]) if backward else args[:3]
             products = 5 if backward else 2  # the backward forms the weights anew
             result = list(out[:3]) if backward else [out[0]]
-            self.add(products * 2 * q.shape[:-1].numel() * k.shape[-2] * v.shape[-1], [q, k, v, *result])
+            self.add(
+                products * 2 * q.shape[:-1].numel() * k.shape[-2] * v.shape[-1], [q, k, v, *result]
+            )
         return out
 
 
-def roofline(subject: Subject, flops_per_s: float, bytes_per_s: float) -> Counter:
+def roofline(subject: BenchmarkRun, flops_per_s: float, bytes_per_s: float) -> Counter:
     """What a step with penalty must do, and the seconds that this takes at the measured ceilings."""
     run = subject.run
     kind = type(run.recipe)
@@ -196,13 +211,17 @@ def roofline(subject: Subject, flops_per_s: float, bytes_per_s: float) -> Counte
         with_penalty, without = (getattr(totals[i], name) for i in (0, -1))
         setattr(counter, name, without + (with_penalty - without) / subject.penalty_every)
     # Adam reads p, g, m, v and writes p, m, v; the average reads two and writes one; all float32
-    moved = 4 * sum(p.numel() * (7 + 3 * (net is run.state.G)) for net in (run.state.G, run.state.D) for p in net.parameters())
+    moved = 4 * sum(
+        p.numel() * (7 + 3 * (net is run.state.G))
+        for net in (run.state.G, run.state.D)
+        for p in net.parameters()
+    )
     counter.bytes += moved
     counter.seconds += moved / bytes_per_s
     return counter
 
 
-def ceilings(subject: Subject, precision: str) -> tuple[float, float]:
+def ceilings(subject: BenchmarkRun, precision: str) -> tuple[float, float]:
     """FLOP/s of a large matrix product in `precision` and bytes/s of a large copy, read and written bytes counted."""
     device = subject.run.recipe.device
     side, length = (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
@@ -215,13 +234,15 @@ def ceilings(subject: Subject, precision: str) -> tuple[float, float]:
     return 2 * side**3 / product, 2 * length / copy
 
 
-def sampling_rate(subject: Subject, seconds: float) -> float:
+def sampling_rate(subject: BenchmarkRun, seconds: float) -> float:
     """Pictures a second that the generator makes as uint8 on the host, without encoding, as vgan-sample does."""
     device, index = subject.run.recipe.device, torch.arange(256)
     precision = "fp32" if device.type == "cpu" else subject.run.recipe.precision
 
     def batches() -> None:
-        for _ in to_host(draw(subject.run.state.G_ema, index, 0, precision=precision) for _ in range(4)):
+        for _ in to_host(
+            draw(subject.run.state.G_ema, index, 0, precision=precision) for _ in range(4)
+        ):
             pass
 
     return 4 * len(index) / time_of(subject, batches, seconds)
@@ -238,7 +259,7 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def measure_base(overrides: list[str], seconds: float) -> tuple[dict[str, Any], Subject]:
+def measure_base(overrides: list[str], seconds: float) -> tuple[dict[str, Any], BenchmarkRun]:
     """The chosen configuration in full."""
     subject = prepare(overrides)
     run = subject.run
@@ -277,7 +298,9 @@ def measure_base(overrides: list[str], seconds: float) -> tuple[dict[str, Any], 
     return figures, subject
 
 
-def measure_toggles(overrides: list[str], kinds: dict[str, str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+def measure_toggles(
+    overrides: list[str], kinds: dict[str, str], seconds: float, rounds: int
+) -> dict[str, dict[str, Any]]:
     """img/s, time to the first step and peak memory of each variant, the chosen configuration among them."""
     rows: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
@@ -311,7 +334,9 @@ def measure_apart(overrides: list[str], seconds: float, rates: list[float]) -> d
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         options = ["--toggles", "alone", "--seconds", str(seconds), "--json", str(path)]
-        subprocess.run([sys.executable, __file__, *overrides, *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, __file__, *overrides, *options], check=True, stdout=subprocess.DEVNULL
+        )
         row = json.loads(path.read_text())["toggles"]["as chosen"]
     return {**row, "overrides": overrides[-1], "img_per_s": rates + row["img_per_s"]}
 
@@ -322,8 +347,15 @@ def print_base(figures: dict[str, Any]) -> None:
     mode = f"{figures['precision']}, {'compiled' if figures['compiled'] else 'eager'}, batch {figures['batch_size']}"
     peak = "" if figures["peak_gb"] is None else f"{figures['peak_gb']:.2f}"
     rows = [["what", "figure"]]
-    rows += [["networks", f"{parameters['G'] / 1e6:.2f} M + {parameters['D'] / 1e6:.2f} M parameters; {mode}"]]
-    rows += [["images a second", f"**{figures['img_per_s']:,.0f}** ({figures['step_ms']:.1f} ms a step)"]]
+    rows += [
+        [
+            "networks",
+            f"{parameters['G'] / 1e6:.2f} M + {parameters['D'] / 1e6:.2f} M parameters; {mode}",
+        ]
+    ]
+    rows += [
+        ["images a second", f"**{figures['img_per_s']:,.0f}** ({figures['step_ms']:.1f} ms a step)"]
+    ]
     rows += [["first steps (s)", f"{figures['first_step_s']:.1f}"]]
     rows += [["peak memory (GB)", peak]] if peak else []
     rows += [[f"{name} (ms)", f"{ms:.2f}"] for name, ms in figures["phases_ms"].items()]
@@ -344,17 +376,27 @@ def print_toggles(rows: dict[str, dict[str, Any]]) -> None:
             continue
         rate, peak = statistics.median(row["img_per_s"]), row.get("peak_gb")
         memory = "" if peak is None else f"{peak:.2f}"
-        lines.append([name, f"{rate:,.0f}", f"{rate / reference:.2f}", f"{row['first_step_s']:.1f}", memory])
+        lines.append(
+            [name, f"{rate:,.0f}", f"{rate / reference:.2f}", f"{row['first_step_s']:.1f}", memory]
+        )
     print("\n" + table(lines), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     names = "; ".join(TOGGLES["cuda"])
-    parser.add_argument("--toggles", default="all", help=f"all, none, alone (img/s and no more) or, between semicolons, {names}")
+    parser.add_argument(
+        "--toggles",
+        default="all",
+        help=f"all, none, alone (img/s and no more) or, between semicolons, {names}",
+    )
     parser.add_argument("--seconds", type=float, default=4, help="of measuring for each figure")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each variant is measured, in turn")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often each variant is measured, in turn"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_intermixed_args()  # overrides may stand before and after options
     try:
@@ -367,7 +409,9 @@ def main() -> None:
         subject.feed.close()
         del subject
         if args.toggles != "all":
-            chosen = [] if args.toggles == "none" else [name.strip() for name in args.toggles.split(";")]
+            chosen = (
+                [] if args.toggles == "none" else [name.strip() for name in args.toggles.split(";")]
+            )
             kinds = {name: kinds[name] for name in chosen if name in kinds}
         if kinds:
             figures["toggles"] = measure_toggles(args.overrides, kinds, args.seconds, args.rounds)

@@ -23,7 +23,9 @@ BEGIN, END = "<!-- keys: written by scripts/list_keys.py -->", "<!-- end of keys
 def commands() -> dict[str, tuple[str, type]]:
     """Every console script with the name of its YAML file and the schema of its keys."""
     found = {}
-    for script in re.findall(r'^(vgan-\w+) = "vgan\.cli:', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M):
+    for script in re.findall(
+        r'^(vgan-\w+) = "vgan\.cli:', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
+    ):
         name = {"vgan-doctor": "train"}.get(script, script.removeprefix("vgan-"))
         found[script] = name, getattr(config, f"{name.capitalize()}Config")
     return found
@@ -39,8 +41,16 @@ def tables() -> str:
             if script != twins[0]:
                 continue
             values = OmegaConf.to_container(compose(name))
-            parts += [f"### {' and '.join(twins)}", "", "| key | value | what it is |", "|---|---|---|"]
-            parts += [f"| `{key}` | {_shown(values, key)} | {_cell(text)} |" for key, text in config.explained_keys(schema)]
+            parts += [
+                f"### {' and '.join(twins)}",
+                "",
+                "| key | value | what it is |",
+                "|---|---|---|",
+            ]
+            parts += [
+                f"| `{key}` | {_shown(values, key)} | {_cell(text)} |"
+                for key, text in config.explained_keys(schema)
+            ]
             parts.append("")
     return "\n".join(parts)
 
@@ -49,7 +59,9 @@ def _shown(values: Any, key: str) -> str:
     for part in key.split("."):
         values = values[part]
     if isinstance(values, dict):
-        return f"{values['start']:g} to {values['end']:g}" if values.keys() == {"start", "end"} else ""
+        return (
+            f"{values['start']:g} to {values['end']:g}" if values.keys() == {"start", "end"} else ""
+        )
     if values == "???":
         return "must be given"
     if values is None or isinstance(values, bool):
@@ -64,7 +76,9 @@ def _cell(text: str) -> str:
 
 def written(page: str) -> str:
     """The page with its tables as they should be."""
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{tables()}\n{END}", page, flags=re.DOTALL)
+    return re.sub(
+        f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{tables()}\n{END}", page, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":

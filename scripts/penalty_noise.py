@@ -20,29 +20,35 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import vgan.cli  # noqa: F401  registers the schema
-from vgan import checkpoint
 from vgan.config import CONFIG_DIR
-from vgan.data.feed import Feed
-from vgan.device import pick_device, prepare_process
-from vgan.errors import UserError
-from vgan.penalties import difference, exact, forward
-from vgan.randomness import Streams
-from vgan.run import Run, set_up
+from vgan.data.loader import Loader
+from vgan.runs import checkpoint
+from vgan.runtime.device import pick_device, prepare_process
+from vgan.runtime.errors import UserError
+from vgan.runtime.rng import Streams
+from vgan.training.losses import double_backward, finite_difference, jvp
+from vgan.training.setup import Run, set_up
 
 BATCHES, DRAWS = 12, 12
 
 
-def open_run(run_dir: Path) -> tuple[Run, Feed, int]:
+def open_run(run_dir: Path) -> tuple[Run, Loader, int]:
     """The run in `run_dir` at its newest checkpoint, in float32."""
     parts = checkpoint.load(checkpoint.find(run_dir))
     device = pick_device("auto")
     prepare_process(device, "fp32", 0)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         schema = compose("train", overrides=["run_dir=unused"])
-    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(schema, parts["config"]), resolve=True)  # type: ignore[assignment]
+    config: dict[str, Any] = OmegaConf.to_container(
+        OmegaConf.merge(schema, parts["config"]), resolve=True
+    )  # type: ignore[assignment]
     run = set_up(config, device, "fp32")
     run.state.load_parts(parts)
-    return run, Feed(run.dataset, config["batch_size"], config["seed"], device), int(parts["cur_nimg"])
+    return (
+        run,
+        Loader(run.dataset, config["batch_size"], config["seed"], device),
+        int(parts["cur_nimg"]),
+    )
 
 
 def noise(gradients: list[Tensor]) -> float:
@@ -52,7 +58,9 @@ def noise(gradients: list[Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", type=Path)
     args = parser.parse_args()
     try:
@@ -64,7 +72,12 @@ def main() -> None:
     recipe = replace(run.recipe, precision="fp32")
     weights = [p for p in D.parameters() if p.requires_grad]
 
-    def gradient(batch: int, penalty: Callable[..., tuple[Tensor, Tensor]] | None, v: Tensor | None, weight: float = 1) -> Tensor:
+    def gradient(
+        batch: int,
+        penalty: Callable[..., tuple[Tensor, Tensor]] | None,
+        v: Tensor | None,
+        weight: float = 1,
+    ) -> Tensor:
         real, c = feed.batch(cur_nimg + batch * n)
         streams = Streams(1, cur_nimg + batch * n, n, recipe.device)
         with torch.no_grad():
@@ -79,7 +92,7 @@ def main() -> None:
 
     def averaged(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
         def penalty(D: Any, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            results = [forward(D, x, c, vv) for vv in v.chunk(count)]
+            results = [jvp(D, x, c, vv) for vv in v.chunk(count)]
             return results[0][0], torch.stack([r[1] for r in results]).mean(0)
 
         return penalty
@@ -91,27 +104,33 @@ def main() -> None:
         return torch.randint(0, 2, size, generator=draw).float() * 2 - 1
 
     kinds: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[], Tensor]]] = {
-        "+1 and -1": (forward, lambda: signs(*shape)),
-        "normal": (forward, lambda: torch.randn(shape, generator=draw)),
+        "+1 and -1": (jvp, lambda: signs(*shape)),
+        "normal": (jvp, lambda: torch.randn(shape, generator=draw)),
         "+1 and -1, two a picture": (averaged(2), lambda: signs(2 * shape[0], *shape[1:])),
-        "one v for the whole batch": (forward, lambda: signs(1, *shape[1:]).expand(shape)),
-        "real and fake share v": (forward, lambda: signs(n, *shape[1:]).repeat(2, 1, 1, 1)),
+        "one v for the whole batch": (jvp, lambda: signs(1, *shape[1:]).expand(shape)),
+        "real and fake share v": (jvp, lambda: signs(n, *shape[1:]).repeat(2, 1, 1, 1)),
         "antithetic, v and -v": (averaged(2), lambda: torch.cat([v := signs(*shape), -v])),
-        "finite difference": (difference, lambda: signs(*shape)),
+        "finite difference": (finite_difference, lambda: signs(*shape)),
     }
-    exact_gradients = [gradient(batch, exact, None) for batch in range(BATCHES)]
+    exact_gradients = [gradient(batch, double_backward, None) for batch in range(BATCHES)]
     between_batches = noise(exact_gradients)
     without = noise([gradient(batch, None, None) for batch in range(BATCHES)])
     print(f"{args.run_dir} at {cur_nimg:,} images, gamma {gamma:g}; squared norm of the mean gradient "
           f"{float(torch.stack(exact_gradients).mean(0).square().sum()):.3g}\n")  # fmt: skip
-    print("| penalty | variance between batches or draws | of that between batches |\n|---|---|---|")
+    print(
+        "| penalty | variance between batches or draws | of that between batches |\n|---|---|---|"
+    )
     print(f"| exact, between batches | {between_batches:.3g} | 1 |")
     print(f"| no penalty, between batches | {without:.3g} | {without / between_batches:.2f} |")
     for name, (penalty, directions) in kinds.items():
         added = noise([gradient(0, penalty, directions()) for _ in range(DRAWS)])
-        print(f"| {name}, between draws | {added:.3g} | {added / between_batches:.2f} |", flush=True)
-    every_second = noise([gradient(0, forward, signs(*shape), weight=2) for _ in range(DRAWS)])
-    print(f"| +1 and -1, counted twice (every 2nd step) | {every_second:.3g} | {every_second / between_batches:.2f} |")
+        print(
+            f"| {name}, between draws | {added:.3g} | {added / between_batches:.2f} |", flush=True
+        )
+    every_second = noise([gradient(0, jvp, signs(*shape), weight=2) for _ in range(DRAWS)])
+    print(
+        f"| +1 and -1, counted twice (every 2nd step) | {every_second:.3g} | {every_second / between_batches:.2f} |"
+    )
     feed.close()
 
 

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from bench import first_steps, prepare, step_seconds
 
-from vgan.distributed import group, rank, world_size
 from vgan.models.cost import count_parameters
+from vgan.runtime.distributed import group, rank, world_size
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000)  # bytes
 BUCKET = 25_000_000  # bytes; DistributedDataParallel's own
@@ -50,30 +50,58 @@ def all_reduce_seconds(size: int, device: torch.device) -> float:
 
 def measure(overrides: list[str], seconds: float) -> dict[str, float]:
     """What this process, alone or with others, sees."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     with group(device):
         subject = prepare(overrides)
         first_steps(subject)
         figures = {"step": step_seconds(subject, seconds)}
         if world_size() > 1:
-            figures |= {f"all_reduce {size}": all_reduce_seconds(size, subject.run.recipe.device) for size in SIZES}
+            figures |= {
+                f"all_reduce {size}": all_reduce_seconds(size, subject.run.recipe.device)
+                for size in SIZES
+            }
         state = subject.run.state
-        figures |= {"G": count_parameters(state.G), "D": count_parameters(state.D), "batch": subject.batch_size}
+        figures |= {
+            "G": count_parameters(state.G),
+            "D": count_parameters(state.D),
+            "batch": subject.batch_size,
+        }
         subject.feed.close()
     return figures
 
 
 def run(processes: int, overrides: list[str], seconds: float) -> dict[str, float]:
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *launcher, __file__, *overrides, "--seconds", str(seconds), "--measure", out.name]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        command = [
+            sys.executable,
+            *launcher,
+            __file__,
+            *overrides,
+            "--seconds",
+            str(seconds),
+            "--measure",
+            out.name,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         return json.loads(Path(out.name).read_text())
 
 
 def fit(figures: dict[str, float], n: int) -> tuple[float, float]:
     """Latency (s) of a hop and bandwidth (bytes/s), by least squares on relative errors."""
-    rows = torch.tensor([[2 * math.log2(n), 2 * (n - 1) / n * size] for size in SIZES], dtype=torch.float64)
+    rows = torch.tensor(
+        [[2 * math.log2(n), 2 * (n - 1) / n * size] for size in SIZES], dtype=torch.float64
+    )
     times = torch.tensor([figures[f"all_reduce {size}"] for size in SIZES], dtype=torch.float64)
     latency, per_byte = torch.linalg.lstsq(
         rows / times[:, None], torch.ones(len(SIZES), 1, dtype=torch.float64)
@@ -81,7 +109,9 @@ def fit(figures: dict[str, float], n: int) -> tuple[float, float]:
     return max(float(latency), 0.0), 1 / max(float(per_byte), 1e-15)
 
 
-def table(alone: dict[int, float], together: dict[str, float], n: int, bytes_per_s: float, latency: float) -> str:
+def table(
+    alone: dict[int, float], together: dict[str, float], n: int, bytes_per_s: float, latency: float
+) -> str:
     """Predictions; compute of parts of the batch that were not measured goes on in proportion from the smallest that was."""
     G, D, batch = together["G"], together["D"], int(together["batch"])
     lines = [
@@ -98,24 +128,47 @@ def table(alone: dict[int, float], together: dict[str, float], n: int, bytes_per
         exchange, exposed = exposed_seconds(count, size, compute, bytes_per_s, latency)
         step = compute + exposed
         measured = {1: alone[batch], n: together["step"]}.get(count)
-        cells = [count, rows, *(f"{1000 * x:.2f}" for x in (compute, exchange, exposed, step)), f"{batch / step:,.0f}"]
-        cells += [f"{alone[batch] / step / count:.0%}", f"{1000 * measured:.2f}" if measured else ""]
+        cells = [
+            count,
+            rows,
+            *(f"{1000 * x:.2f}" for x in (compute, exchange, exposed, step)),
+            f"{batch / step:,.0f}",
+        ]
+        cells += [
+            f"{alone[batch] / step / count:.0%}",
+            f"{1000 * measured:.2f}" if measured else "",
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def exposed_seconds(count: int, size: float, compute: float, bytes_per_s: float, latency: float) -> tuple[float, float]:
+def exposed_seconds(
+    count: int, size: float, compute: float, bytes_per_s: float, latency: float
+) -> tuple[float, float]:
     """The whole exchange of `size` bytes between `count` devices, and what of it the backward passes do not hide."""
-    exchange = 0.0 if count == 1 else 2 * math.log2(count) * latency + 2 * (count - 1) / count * size / bytes_per_s
+    exchange = (
+        0.0
+        if count == 1
+        else 2 * math.log2(count) * latency + 2 * (count - 1) / count * size / bytes_per_s
+    )
     return exchange, max(exchange * min(1.0, BUCKET / size), exchange - compute / 2)
 
 
-def growing(each: float, rows: int, together: dict[str, float], bytes_per_s: float, latency: float) -> str:
+def growing(
+    each: float, rows: int, together: dict[str, float], bytes_per_s: float, latency: float
+) -> str:
     """Predictions where every device keeps `rows` images a step, which take it `each` seconds."""
     lines = ["", "| devices | batch | step (ms) | img/s | efficiency |", "|---" * 5 + "|"]
     for count in COUNTS:
-        step = each + exposed_seconds(count, 4 * (together["G"] + together["D"]), each, bytes_per_s, latency)[1]
-        lines.append(f"| {count} | {count * rows:,} | {1000 * step:.2f} | {count * rows / step:,.0f} | {each / step:.0%} |")
+        step = (
+            each
+            + exposed_seconds(
+                count, 4 * (together["G"] + together["D"]), each, bytes_per_s, latency
+            )[1]
+        )
+        lines.append(
+            f"| {count} | {count * rows:,} | {1000 * step:.2f} | {count * rows / step:,.0f} | {each / step:.0%} |"
+        )
     return "\n".join(lines)
 
 
@@ -124,16 +177,24 @@ def memory(G: float, D: float) -> str:
     lines = ["", "| devices | parallel=ddp, GB each | parallel=fsdp, GB each |", "|---|---|---|"]
     for count in COUNTS:
         whole = 16 * (G + D) + 4 * G
-        lines.append(f"| {count} | {whole / 1e9:.3g} | {whole / count / 1e9:.3g} + the largest block |")
+        lines.append(
+            f"| {count} | {whole / 1e9:.3g} | {whole / count / 1e9:.3g} + the largest block |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5, help="of timing for each figure")
-    parser.add_argument("--gbps", type=float, help="gigabytes a second between machines, instead of the measured figure")
+    parser.add_argument(
+        "--gbps",
+        type=float,
+        help="gigabytes a second between machines, instead of the measured figure",
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.measure:
@@ -145,14 +206,18 @@ def main() -> None:
     together = run(n, args.overrides, args.seconds)
     batch, alone = int(together["batch"]), {}
     for count in (c for c in COUNTS if batch % c == 0 and c <= max(n, 8)):
-        alone[batch // count] = run(1, [*args.overrides, f"batch_size={batch // count}"], args.seconds)["step"]
+        alone[batch // count] = run(
+            1, [*args.overrides, f"batch_size={batch // count}"], args.seconds
+        )["step"]
     latency, bytes_per_s = fit(together, n)
     if args.gbps:
         bytes_per_s = args.gbps * 1e9
     link = f"latency {1e6 * latency:.0f} us, {bytes_per_s / 1e9:.2f} GB/s"
     print(f"{n} processes: {link}; batch {batch} in all; torch {torch.__version__}\n")
     print(table(alone, together, n, bytes_per_s, latency))
-    print(f"\n{n} processes take {alone[batch] / together['step']:.2f} times as many images a second as one.")
+    print(
+        f"\n{n} processes take {alone[batch] / together['step']:.2f} times as many images a second as one."
+    )
     print(growing(alone[batch // n], batch // n, together, bytes_per_s, latency))
     print(memory(together["G"], together["D"]))
 

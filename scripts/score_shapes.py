@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vgan.data.shapes import SHAPE_NAMES, Oracle, score_samples
-from vgan.drawing import draw, load_generator
+from vgan.inference.load import draw, load_generator
 
 
 def main(ckpt: str, n: int) -> None:
@@ -22,10 +22,14 @@ def main(ckpt: str, n: int) -> None:
     reading = Oracle(images.shape[1])(images)
     asked = np.arange(n) % len(SHAPE_NAMES)  # draw takes the classes in turn
     score = score_samples(reading, asked)
-    print(f"{n} samples: precision {score['precision']:.1%}, coverage {score['coverage']} of 64 pairs of shape and colour")
+    print(
+        f"{n} samples: precision {score['precision']:.1%}, coverage {score['coverage']} of 64 pairs of shape and colour"
+    )
     for label, name in enumerate(SHAPE_NAMES):
         print(f"  {name:<9} {np.mean(reading.shape[asked == label] == label):.1%}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2000) if len(sys.argv) > 1 else sys.exit(__doc__)
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2000) if len(
+        sys.argv
+    ) > 1 else sys.exit(__doc__)

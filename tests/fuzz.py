@@ -12,20 +12,35 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from vgan import checkpoint
+from vgan.runs import checkpoint
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA", "YCbCr", "I;16"]
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 # What a checkpoint may hold: plain values and tensors under names and numbers, nested; hypothesis shrinks what fails.
 TENSORS = st.builds(
-    lambda dtype, values, shape: torch.tensor(values[:4] * 3, dtype=torch.float32).to(dtype).reshape(shape),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]),
+    lambda dtype, values, shape: (
+        torch.tensor(values[:4] * 3, dtype=torch.float32).to(dtype).reshape(shape)
+    ),
+    st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+    ),
     st.lists(st.integers(0, 100), min_size=4, max_size=4),
     st.sampled_from([(12,), (3, 4), (2, 1, 6), (1, 3, 2, 2)]),
 )
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=["Cs"])) | TENSORS
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | TENSORS
+)
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.integers()
-TREES = st.recursive(LEAVES, lambda node: st.lists(node, max_size=4) | st.dictionaries(KEYS, node, max_size=4), max_leaves=16)
+TREES = st.recursive(
+    LEAVES,
+    lambda node: st.lists(node, max_size=4) | st.dictionaries(KEYS, node, max_size=4),
+    max_leaves=16,
+)
 
 
 def picture(rng: random.Random) -> bytes:
@@ -33,7 +48,9 @@ def picture(rng: random.Random) -> bytes:
     while True:
         size = (rng.randint(1, 40), rng.randint(1, 40))
         buffer = io.BytesIO()
-        noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), np.uint8).reshape(size[1], size[0], 3)
+        noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), np.uint8).reshape(
+            size[1], size[0], 3
+        )
         try:
             mode = rng.choice(MODES)
             image = Image.fromarray(noise)
@@ -59,7 +76,9 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             del data[at : at + rng.randint(1, 50)]
         elif kind == 3:
-            data[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x00", rng.randbytes(4)])
+            data[at : at + 4] = rng.choice(
+                [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x00", rng.randbytes(4)]
+            )
         elif kind == 4:
             data[at:at] = bytes(data[at : at + rng.randint(1, 200)])
         else:
@@ -72,13 +91,30 @@ def value(rng: random.Random) -> Any:
     choices: list[Callable[[], Any]] = [
         lambda: rng.choice([0, 1, -1, 2**31, 2**63 - 1, -(2**63), 10**30, 17, 3]),
         lambda: rng.choice([0.0, -1.5, 1e308, float("nan"), float("inf")]),
-        lambda: rng.choice(["", "x", "vgan.models.generator.Generator", "os.system", "\x00", "a" * 999, "${seed}", "{", "1e9"]),
+        lambda: rng.choice(
+            [
+                "",
+                "x",
+                "vgan.models.generator.Generator",
+                "os.system",
+                "\x00",
+                "a" * 999,
+                "${seed}",
+                "{",
+                "1e9",
+            ]
+        ),
         lambda: rng.choice([None, True, False]),
         lambda: [value(rng) for _ in range(rng.randint(0, 3))],
         lambda: {rng.choice(["_target_", "a", "blocks"]): value(rng)},
         lambda: torch.zeros(rng.choice([(), (0,), (3,), (2, 2), (1, 1, 1, 1)])),
         lambda: torch.zeros(1).expand(2**40),
-        lambda: torch.zeros(3, dtype=rng.choice([torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.complex64])),
+        lambda: torch.zeros(
+            3,
+            dtype=rng.choice(
+                [torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.complex64]
+            ),
+        ),
     ]
     return rng.choice(choices)()
 
@@ -115,7 +151,14 @@ def hostile_checkpoint(path: Path, valid: bytes, parts: dict[str, Any], rng: ran
         return
     if kind <= 2:
         if kind == 2:
-            torch.save({**(broken := changed(parts, rng)), "format": checkpoint.FORMAT, "digest": digest(broken)}, path)
+            torch.save(
+                {
+                    **(broken := changed(parts, rng)),
+                    "format": checkpoint.FORMAT,
+                    "digest": digest(broken),
+                },
+                path,
+            )
             return
         with zipfile.ZipFile(io.BytesIO(valid)) as archive, zipfile.ZipFile(path, "w") as made:
             for entry in archive.infolist():
@@ -125,10 +168,19 @@ def hostile_checkpoint(path: Path, valid: bytes, parts: dict[str, Any], rng: ran
         return
     if kind == 3:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
-            made.writestr("a/data.pkl", b"\x80\x02}." if rng.random() < 0.5 else b"\x00" * 10_000_000)
+            made.writestr(
+                "a/data.pkl", b"\x80\x02}." if rng.random() < 0.5 else b"\x00" * 10_000_000
+            )
             made.writestr("a/version", "3")
         return
-    torch.save({**(broken := changed(changed(parts, rng), rng)), "format": rng.choice([1, 2]), "digest": digest(broken)}, path)
+    torch.save(
+        {
+            **(broken := changed(changed(parts, rng), rng)),
+            "format": rng.choice([1, 2]),
+            "digest": digest(broken),
+        },
+        path,
+    )
 
 
 def digest(parts: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from vgan import checkpoint, cli  # noqa: F401  (cli registers the schemas)
+from vgan import cli  # noqa: F401  (registers the schemas)
 from vgan.config import CONFIG_DIR
-from vgan.train import train
+from vgan.runs import checkpoint
+from vgan.training.train import train
 
 TINY = [
     "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]", "batch_size=8",
@@ -20,9 +21,9 @@ TINY = [
 ]  # fmt: skip
 # Every step takes at least 10 ms, so that a kill lands inside the run and not after it.
 SLOW = """
-import time, vgan.train
-step = vgan.train.train_step
-vgan.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
+import time, vgan.training.train
+step = vgan.training.train.train_step
+vgan.training.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
 from vgan.cli import train_main
 train_main()
 """
@@ -58,7 +59,10 @@ def assert_same_run(a: Path, b: Path) -> None:
         elif name != "/'config'/'run_dir'":
             assert value == final[1][name], name
     for ours, theirs in zip(*(lines_of(f / "stats.jsonl") for f in (a, b)), strict=True):
-        ours, theirs = ({k: v for k, v in tick.items() if not k.startswith(("speed/", "memory/"))} for tick in (ours, theirs))
+        ours, theirs = (
+            {k: v for k, v in tick.items() if not k.startswith(("speed/", "memory/"))}
+            for tick in (ours, theirs)
+        )
         assert ours == theirs
     names = sorted(p.name for p in a.glob("*.png"))
     assert names == sorted(p.name for p in b.glob("*.png"))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vgan.augment import (
+from vgan.data.augment import (
     COLOURS,
     TRANSFORMS,
     Augment,
@@ -15,7 +15,7 @@ from vgan.augment import (
     stretch,
     translation,
 )
-from vgan.randomness import Streams
+from vgan.runtime.rng import Streams
 
 ON = torch.ones(1)
 RAMP = torch.arange(64.0).view(1, 1, 8, 8) / 64 - 0.5
@@ -56,7 +56,9 @@ def test_every_transform_can_be_off_and_passes_gradients(name: str) -> None:
 
 def test_quarter_turns_are_rotations() -> None:
     x = torch.randn(4, 3, 6, 6)
-    turned = quarter_turns(x, torch.ones(4), torch.tensor([[0.1, 0, 0], [0.3, 0, 0], [0.6, 0, 0], [0.9, 0, 0]]))
+    turned = quarter_turns(
+        x, torch.ones(4), torch.tensor([[0.1, 0, 0], [0.3, 0, 0], [0.6, 0, 0], [0.9, 0, 0]])
+    )
     for i in range(4):
         assert torch.equal(turned[i], torch.rot90(x[i], i, (1, 2)))
 
@@ -86,14 +88,20 @@ def test_scale_and_stretch_keep_what_they_should() -> None:
 
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_act_as_their_names_say(name: str) -> None:
-    grey, red = torch.full((100, 3, 4, 4), 0.4), torch.tensor([0.8, -0.2, -0.6]).view(1, 3, 1, 1).expand(100, 3, 4, 4)
+    grey, red = (
+        torch.full((100, 3, 4, 4), 0.4),
+        torch.tensor([0.8, -0.2, -0.6]).view(1, 3, 1, 1).expand(100, 3, 4, 4),
+    )
     draws, on = torch.rand(100, 3, generator=torch.Generator().manual_seed(0)), torch.ones(100)
     matrix = COLOURS[name](on, draws)
     to_grey, to_red = recolour(grey, [matrix]), recolour(red, [matrix])
     spread = lambda x: (x - x.mean(1, keepdim=True)).norm(dim=1).mean((1, 2))  # noqa: E731
     luma = lambda x: x.mean((1, 2, 3))  # noqa: E731
     assert torch.allclose(spread(to_grey), torch.zeros(100), atol=1e-5)  # greys stay grey
-    kept = {"luma": name in ("hue", "saturation"), "spread": name in ("hue", "luma_flip", "brightness")}
+    kept = {
+        "luma": name in ("hue", "saturation"),
+        "spread": name in ("hue", "luma_flip", "brightness"),
+    }
     assert torch.allclose(luma(to_grey), luma(grey), atol=1e-5) == kept["luma"]
     assert torch.allclose(spread(to_red), spread(red), atol=1e-5) == kept["spread"]
     # the same matrices on pictures with one channel: what happens to grey
@@ -102,7 +110,10 @@ def test_colours_act_as_their_names_say(name: str) -> None:
 
 def test_order_of_naming_does_not_matter() -> None:
     x, streams = torch.randn(8, 3, 8, 8), Streams(0, 0, 8)
-    a, b = (Augment(names)(x, 1.0, streams, "real") for names in (["cutout", "flip"], ["flip", "cutout"]))
+    a, b = (
+        Augment(names)(x, 1.0, streams, "real")
+        for names in (["cutout", "flip"], ["flip", "cutout"])
+    )
     assert torch.equal(a, b)
 
 

@@ -11,18 +11,27 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vgan import build, cli  # noqa: F401  (cli registers the schemas)
+from vgan import cli  # noqa: F401  (registers the schemas)
 from vgan.config import CONFIG_DIR, validate
-from vgan.data.feed import Feed
-from vgan.errors import UserError
-from vgan.randomness import Streams
-from vgan.run import set_up
-from vgan.steps import train_step
+from vgan.data.loader import Loader
+from vgan.inference.load import build_generator
+from vgan.runtime.errors import UserError
+from vgan.runtime.instantiate import construct
+from vgan.runtime.rng import Streams
+from vgan.training.setup import build_networks, set_up
+from vgan.training.step import train_step
 
 CPU = torch.device("cpu")
-TINY = ["size.g_widths=[8,8,8,8,8,8,8]", "size.d_widths=[8,8,8,8,8,8,8]", "size.blocks=1", "batch_size=2", "data.cache_dir=null"]
+TINY = [
+    "size.g_widths=[8,8,8,8,8,8,8]",
+    "size.d_widths=[8,8,8,8,8,8,8]",
+    "size.blocks=1",
+    "batch_size=2",
+    "data.cache_dir=null",
+]
 GROUPS = {
-    g: sorted(p.stem for p in (CONFIG_DIR / g).glob("*.yaml")) for g in ("model", "size", "data", "loss", "augment", "experiment")
+    g: sorted(p.stem for p in (CONFIG_DIR / g).glob("*.yaml"))
+    for g in ("model", "size", "data", "loss", "augment", "experiment")
 }
 
 
@@ -40,7 +49,7 @@ def resolved(*overrides: str) -> dict[str, Any]:
 def one_step(config: dict[str, Any]) -> dict[str, float]:
     run = set_up(config, CPU, "fp32")
     before = [p.detach().clone() for p in (*run.state.G.parameters(), *run.state.D.parameters())]
-    feed = Feed(run.dataset, config["batch_size"], config["seed"], CPU)
+    feed = Loader(run.dataset, config["batch_size"], config["seed"], CPU)
     real, c = feed.batch(0)
     streams, now = Streams(config["seed"], 0, config["batch_size"]), run.moment_at(0)
     scalars = train_step(run.state, run.recipe, now, real, c, streams, 1)
@@ -49,7 +58,11 @@ def one_step(config: dict[str, Any]) -> dict[str, float]:
     return {k: v.item() for k, v in scalars.items()}
 
 
-@pytest.mark.parametrize(("group", "option"), [(g, o) for g in ("model", "loss", "augment") for o in GROUPS[g]], ids=lambda x: x)
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(g, o) for g in ("model", "loss", "augment") for o in GROUPS[g]],
+    ids=lambda x: x,
+)
 def test_options_build_and_take_a_step(group: str, option: str) -> None:
     scalars = one_step(resolved(*TINY, "data.resolution=16", "data.size=40", f"{group}={option}"))
     assert all(np.isfinite(v) for v in scalars.values())
@@ -75,8 +88,8 @@ def test_sizes_build_at_every_resolution_and_take_a_step(size: str) -> None:
     for resolution in (16, 64, 256):
         sizes = {"img_resolution": resolution, "img_channels": 3, "label_dim": 2}
         with torch.device("meta"):
-            G = build.construct(config["model"]["generator"], "model.generator", **sizes)
-            D = build.construct(config["model"]["discriminator"], "model.discriminator", **sizes)
+            G = construct(config["model"]["generator"], "model.generator", **sizes)
+            D = construct(config["model"]["discriminator"], "model.discriminator", **sizes)
         counts += [sum(p.numel() for p in net.parameters()) for net in (G, D)]
     assert counts[4] > counts[0]
     if size != "xl":  # which takes 20 GB and a minute of a CPU
@@ -102,14 +115,22 @@ def fake_set(size: tuple[int, int], attributes: bool) -> type:
     return Fake
 
 
-@pytest.mark.parametrize("option", [name for name in GROUPS["data"] if name != "webdataset"])  # which test_stream.py trains on
+@pytest.mark.parametrize(
+    "option", [name for name in GROUPS["data"] if name != "webdataset"]
+)  # which test_stream.py trains on
 def test_data_sets_build_and_take_a_step(
     option: str, monkeypatch: pytest.MonkeyPatch, pictures_npy: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", fake_set((32, 32), False))
     monkeypatch.setattr("torchvision.datasets.CelebA", fake_set((178, 218), True))
-    extra = {"folder": [f"data.path={pictures_npy}"], "shapes": ["data.size=40"], "celeba": ["data.attributes=[Smiling]"]}
-    config = resolved(f"data={option}", *TINY, *extra.get(option, []), f"data.cache_dir={tmp_path / 'cache'}")
+    extra = {
+        "folder": [f"data.path={pictures_npy}"],
+        "shapes": ["data.size=40"],
+        "celeba": ["data.attributes=[Smiling]"],
+    }
+    config = resolved(
+        f"data={option}", *TINY, *extra.get(option, []), f"data.cache_dir={tmp_path / 'cache'}"
+    )
     assert np.isfinite(one_step(config)["loss/D"])
 
 
@@ -119,8 +140,12 @@ def test_experiments_build_and_take_a_step(
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", fake_set((32, 32), False))
     monkeypatch.setattr("torchvision.datasets.CelebA", fake_set((178, 218), True))
-    own = {key: [f"data.path={pictures_npy}", "data.resolution=16"] for key in ("cifar10_cpu", "few")}
-    config = resolved(f"experiment={option}", *own.get(option, []), "batch_size=2", f"data.cache_dir={tmp_path}")
+    own = {
+        key: [f"data.path={pictures_npy}", "data.resolution=16"] for key in ("cifar10_cpu", "few")
+    }
+    config = resolved(
+        f"experiment={option}", *own.get(option, []), "batch_size=2", f"data.cache_dir={tmp_path}"
+    )
     assert np.isfinite(one_step(config)["loss/D"])
 
 
@@ -131,18 +156,33 @@ def test_schema_is_the_base_of_every_value() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_target_": "vgan.models.nowhere.Generator"}, r"node._target_=vgan.models.nowhere.Generator: cannot be imported"),
-        ({"_target_": "vgan.models.generator.Generator", "z_dmi": 3}, "node.z_dmi=3: .* it takes z_dim"),
-        ({"_target_": "vgan.models.generator.Generator", "z_dim": "abc", "widths": [8, 8, 8]}, "node.z_dim=abc: must be int"),
+        (
+            {"_target_": "vgan.models.nowhere.Generator"},
+            r"node._target_=vgan.models.nowhere.Generator: cannot be imported",
+        ),
+        (
+            {"_target_": "vgan.models.generator.Generator", "z_dmi": 3},
+            "node.z_dmi=3: .* it takes z_dim",
+        ),
+        (
+            {"_target_": "vgan.models.generator.Generator", "z_dim": "abc", "widths": [8, 8, 8]},
+            "node.z_dim=abc: must be int",
+        ),
         ({"_target_": "vgan.models.generator.Generator", "z_dim": 8}, "node.widths: is missing"),
-        ({"_target_": "vgan.models.generator.Generator", "z_dim": 8, "widths": [8, "x", 8]}, "node.widths"),
-        ({"_target_": "vgan.models.generator.Generator", "z_dim": 8, "widths": [8]}, "node.widths=.*needs 3"),
+        (
+            {"_target_": "vgan.models.generator.Generator", "z_dim": 8, "widths": [8, "x", 8]},
+            "node.widths",
+        ),
+        (
+            {"_target_": "vgan.models.generator.Generator", "z_dim": 8, "widths": [8]},
+            "node.widths=.*needs 3",
+        ),
         ({"z_dim": 8}, "has no _target_"),
     ],
 )
 def test_construct_names_node_key_value_and_rule(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        build.construct(config, "node", img_resolution=16)
+        construct(config, "node", img_resolution=16)
     assert "\n" not in str(caught.value)
 
 
@@ -150,7 +190,7 @@ def test_first_weights_follow_from_the_seed_and_leave_the_global_state() -> None
     config = resolved(*TINY)
     sizes = {"img_resolution": 16, "img_channels": 3, "label_dim": 2}
     state = torch.random.get_rng_state()
-    nets = [build.build_networks(config["model"], sizes, seed)[0].state_dict() for seed in (1, 1, 2)]
+    nets = [build_networks(config["model"], sizes, seed)[0].state_dict() for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     weight = [n["to_rgb.0.weight"] for n in nets]
     assert torch.equal(weight[0], weight[1])
@@ -164,11 +204,14 @@ def test_first_weights_follow_from_the_seed_and_leave_the_global_state() -> None
         {"_target_": "vgan.models.generator.torch.hub.load"},
         {"_target_": "vgan.models.layers.upsample2x"},  # a function, and not a network
         {"_target_": "vgan.modelsx.Generator"},
-        {"_target_": "vgan.models.generator.Generator", "widths": [{"_target_": "os.system", "command": "true"}]},
+        {
+            "_target_": "vgan.models.generator.Generator",
+            "widths": [{"_target_": "os.system", "command": "true"}],
+        },
         {"_target_": "vgan.models.generator.Generator", "z_dim": {"a": {"_target_": "os.system"}}},
         {"widths": [8]},
     ],
 )
 def test_a_checkpoint_may_name_vgans_networks_only(node: dict[str, object]) -> None:
     with pytest.raises(UserError, match="vgan's own classes only"):
-        build.build_generator({"generator": node}, {})
+        build_generator({"generator": node}, {})

@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from vgan import checkpoint
-from vgan.errors import UserError
+from vgan.runs import checkpoint
+from vgan.runtime.errors import UserError
 
-PARTS = {name: {"w": torch.arange(3.0)} for name in checkpoint._PARTS - {"format", "cur_nimg"}} | {"cur_nimg": 5}
+PARTS = {name: {"w": torch.arange(3.0)} for name in checkpoint._PARTS - {"format", "cur_nimg"}} | {
+    "cur_nimg": 5
+}
 
 
 def test_round_trip_and_the_newest_are_kept(tmp_path: Path) -> None:
     for nimg in (100, 200, 300):
         checkpoint.save(checkpoint.path_at(tmp_path, nimg), PARTS, keep=2)
-    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-000000200.pt", "checkpoint-000000300.pt"]
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == [
+        "checkpoint-000000200.pt",
+        "checkpoint-000000300.pt",
+    ]
     assert checkpoint.find(tmp_path).name == "checkpoint-000000300.pt"
     assert torch.equal(checkpoint.load(checkpoint.find(tmp_path))["G"]["w"], torch.arange(3.0))
     assert len(list(tmp_path.iterdir())) == 2  # no temporary file is left
@@ -67,10 +72,17 @@ def rewritten(path: Path, change: Callable[[str, bytes], bytes]) -> Path:
 def test_each_of_the_two_sums_is_looked_at(tmp_path: Path) -> None:
     """The digest of what is in the parts, and the archive's of what surrounds them."""
     checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
-    assert checkpoint.load(rewritten(tmp_path / "good.pt", lambda _, content: content))["cur_nimg"] == 5
+    assert (
+        checkpoint.load(rewritten(tmp_path / "good.pt", lambda _, content: content))["cur_nimg"]
+        == 5
+    )
     values = torch.arange(3.0).numpy().tobytes()
     with pytest.raises(checkpoint.Damaged) as e:
-        checkpoint.load(rewritten(tmp_path / "good.pt", lambda _, content: content.replace(values, values[::-1])))
+        checkpoint.load(
+            rewritten(
+                tmp_path / "good.pt", lambda _, content: content.replace(values, values[::-1])
+            )
+        )
     assert "digest" in str(e.value.__cause__)
     content = (tmp_path / "good.pt").read_bytes()
     with zipfile.ZipFile(tmp_path / "good.pt") as archive:
@@ -104,11 +116,17 @@ def test_a_small_pickle_that_keeps_a_reader_busy_is_refused(tmp_path: Path) -> N
     checkpoint.save(tmp_path / "good.pt", PARTS, keep=1)
     busy = b"\x80\x02" + b"N0" * 600_000
     with pytest.raises(checkpoint.Damaged) as e:
-        checkpoint.load(rewritten(tmp_path / "good.pt", lambda name, x: busy + x[2:] if name.endswith(".pkl") else x))
+        checkpoint.load(
+            rewritten(
+                tmp_path / "good.pt", lambda name, x: busy + x[2:] if name.endswith(".pkl") else x
+            )
+        )
     assert "takes too long" in str(e.value.__cause__)
 
 
-def test_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(checkpoint.path_at(tmp_path, 1), PARTS, keep=1)
 
     def full(descriptor: int) -> None:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-import vgan.train
-from vgan import checkpoint, cli, load_generator
+import vgan.training.train
+from vgan import cli, load_generator
 from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig
+from vgan.runs import checkpoint
 
 TINY = [
     "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]",
@@ -67,7 +68,9 @@ def size_of(path: str) -> tuple[int, int]:
 def message(code: int, out: str, err: str, expect_code: int = 1) -> str:
     """The one line of a failed command."""
     assert code == expect_code, (out, err)
-    lines = [line for line in err.splitlines() if line.strip() and "img/s" not in line]  # but for a progress bar
+    lines = [
+        line for line in err.splitlines() if line.strip() and "img/s" not in line
+    ]  # but for a progress bar
     assert len(lines) == 1, err
     return lines[0]
 
@@ -75,7 +78,9 @@ def message(code: int, out: str, err: str, expect_code: int = 1) -> str:
 # --- what works -----------------------------------------------------------------------------------------------------
 
 
-def test_train_writes_the_run_folder_then_is_complete_then_samples(run: Cli, tmp_path: Path) -> None:
+def test_train_writes_the_run_folder_then_is_complete_then_samples(
+    run: Cli, tmp_path: Path
+) -> None:
     code, out, _ = run.train(*TINY, "run_dir=outputs/mine")
     assert code == 0
     assert "vgan-sample ckpt=outputs" in out
@@ -101,12 +106,25 @@ def test_train_writes_the_run_folder_then_is_complete_then_samples(run: Cli, tmp
     assert code == 0
     assert size_of("grid.png") == (3 * 64, 3 * 64)
     first = Path("grid.png").read_bytes()
-    run.sample(f"ckpt={folder / 'checkpoint-000000032.pt'}", "n=9", "seed=3", "out=again.png", "batch_size=4", "device=cpu")
+    run.sample(
+        f"ckpt={folder / 'checkpoint-000000032.pt'}",
+        "n=9",
+        "seed=3",
+        "out=again.png",
+        "batch_size=4",
+        "device=cpu",
+    )
     assert Path("again.png").read_bytes() == first
     run.sample("ckpt=outputs/mine", "n=9", "seed=4", "out=other.png", "device=cpu")
     assert Path("other.png").read_bytes() != first
-    code, _, _ = run.sample("ckpt=outputs/mine", "n=3", "label=heart", "truncation=0.5", "out=files", "device=cpu")
-    assert sorted(p.name for p in Path("files").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    code, _, _ = run.sample(
+        "ckpt=outputs/mine", "n=3", "label=heart", "truncation=0.5", "out=files", "device=cpu"
+    )
+    assert sorted(p.name for p in Path("files").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+    ]
     assert size_of("files/000000.png") == (16, 16)
 
     G = load_generator(folder, device="cpu")
@@ -123,7 +141,9 @@ def test_a_longer_run_goes_on_and_the_newest_checkpoints_stay(run: Cli, tmp_path
     assert "from 32 images on" in out
     names = sorted(p.name for p in (tmp_path / "r").glob("checkpoint-*"))
     assert names == ["checkpoint-000000048.pt", "checkpoint-000000064.pt"]
-    starts = [json.loads(line) for line in (tmp_path / "r" / "starts.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line) for line in (tmp_path / "r" / "starts.jsonl").read_text().splitlines()
+    ]
     assert [start["cur_nimg"] for start in starts] == [0, 32]
     assert starts[1]["data"]["images"] == 64
 
@@ -164,11 +184,19 @@ def test_sweep_gives_every_job_a_folder(run: Cli, tmp_path: Path) -> None:
 def test_help_explains_every_group_option_and_key(run: Cli) -> None:
     code, out, _ = run.train("--help")
     assert code == 0
-    for f in (*TrainConfig.__dataclass_fields__, "optim.lr_G", "loss.gamma", "size.g_widths", "ema.ramp"):
+    for f in (
+        *TrainConfig.__dataclass_fields__,
+        "optim.lr_G",
+        "loss.gamma",
+        "size.g_widths",
+        "ema.ramp",
+    ):
         assert re.search(rf"^  {f} ", out, re.M), f
     assert re.search(r"data.skip_bad +true leaves unreadable", out)
     for path in CONFIG_DIR.glob("*/*.yaml"):
-        line = next(x for x in out.splitlines() if x.startswith(f"  {path.parent.name}={path.stem} "))
+        line = next(
+            x for x in out.splitlines() if x.startswith(f"  {path.parent.name}={path.stem} ")
+        )
         assert len(line.split(maxsplit=1)[1]) > 8, f"{path.name} begins with no explanation"
     code, out, _ = run.sample("--help")
     assert all(re.search(rf"^  {f}\b", out, re.M) for f in SampleConfig.__dataclass_fields__)
@@ -176,7 +204,13 @@ def test_help_explains_every_group_option_and_key(run: Cli) -> None:
 
 def test_console_scripts_exist_and_compose_without_training(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("vgan-train.exe" if os.name == "nt" else "vgan-train")
-    done = subprocess.run([str(script), "--cfg", "job", "data=cifar10"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [str(script), "--cfg", "job", "data=cifar10"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "name: cifar10" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -192,7 +226,10 @@ def test_console_scripts_exist_and_compose_without_training(tmp_path: Path) -> N
         ("data.colour=red", "data.colour=red: unknown key"),
         ("batch_size=abc", "batch_size=abc: .*'abc'.*could not be converted to Integer"),
         ("total_kimg=ten", "total_kimg=ten: .*'ten'.*could not be converted to Float"),
-        ("model=transformer", "model=transformer: no such option; use one of adaptive, attn, conv, plain, sep"),
+        (
+            "model=transformer",
+            "model=transformer: no such option; use one of adaptive, attn, conv, plain, sep",
+        ),
         ("data=folder", "data.path: must be given"),
         ("batch_size=", "batch_size"),
         ("size.g_widths=5", "g_widths"),
@@ -226,19 +263,30 @@ def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str,
         ("size.g_widths=[8,8]", r"model.generator.widths=\[8, 8\]: 16 px needs 3"),
         ("size.z_dim=0", "size.z_dim=0"),
         ("model.generator.conv=magic", "model.generator.conv=magic"),
-        ("model.generator._target_=nowhere.G", "model.generator._target_=nowhere.G: cannot be imported"),
+        (
+            "model.generator._target_=nowhere.G",
+            "model.generator._target_=nowhere.G: cannot be imported",
+        ),
         ("model.discriminator.patch_px=4", "model.discriminator.patch_px=4: must be from 16"),
         ("model.discriminator.patch_px=far", "model.discriminator.patch_px=far: must be"),
         ("data.resolution=17", "data.resolution=17: must be one of 16"),
         ("data.size=1", "training needs at least 2"),
-        ("optim.optimizer._target_=torch.optim.Atom", "optim.optimizer._target_=torch.optim.Atom: cannot be imported"),
-        ("+optim.optimizer.speed=3", "optim.optimizer.speed=3: torch.optim.Adam has no such argument"),
+        (
+            "optim.optimizer._target_=torch.optim.Atom",
+            "optim.optimizer._target_=torch.optim.Atom: cannot be imported",
+        ),
+        (
+            "+optim.optimizer.speed=3",
+            "optim.optimizer.speed=3: torch.optim.Adam has no such argument",
+        ),
     ],
 )
-def test_bad_values_name_key_value_and_rule(run: Cli, tmp_path: Path, override: str, says: str) -> None:
+def test_bad_values_name_key_value_and_rule(
+    run: Cli, tmp_path: Path, override: str, says: str
+) -> None:
     if override == "device=cuda" and torch.cuda.is_available():
         override, says = "device=cuda:99", "device=cuda:99: this machine has"
-    extra = ["size.pixel_block=1"] if "widths" in override else []
+    extra = ["size.patch_size=1"] if "widths" in override else []
     line = message(*run.train(*TINY, *extra, override, "run_dir=r"))
     assert re.search(says, line), line
     assert not (tmp_path / "r").exists()
@@ -265,7 +313,11 @@ def folder_case(kind: str, tmp_path: Path) -> Path:
     ],
 )
 def test_bad_folders(run: Cli, tmp_path: Path, kind: str, says: str) -> None:
-    line = message(*run.train("data=folder", f"data.path={folder_case(kind, tmp_path)}", "run_dir=r", "device=cpu"))
+    line = message(
+        *run.train(
+            "data=folder", f"data.path={folder_case(kind, tmp_path)}", "run_dir=r", "device=cpu"
+        )
+    )
     assert re.search(says, line), line
     assert not (tmp_path / "r").exists()
 
@@ -274,7 +326,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
-def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(run: Cli, tmp_path: Path) -> None:
+def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(
+    run: Cli, tmp_path: Path
+) -> None:
     run.train(*TINY, "run_dir=r")
     newest = tmp_path / "r" / "checkpoint-000000032.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
@@ -287,10 +341,14 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(run: Cli, t
     assert code == 0
     assert "passed over: r/checkpoint-000000032.pt: not a readable checkpoint" in out
     assert "from 16 images on" in out
-    assert (tmp_path / "r" / "damaged-checkpoint-000000032.pt").read_bytes() == damaged  # nothing is lost
+    assert (
+        tmp_path / "r" / "damaged-checkpoint-000000032.pt"
+    ).read_bytes() == damaged  # nothing is lost
 
 
-def test_a_run_of_which_no_checkpoint_can_be_read_is_left_as_it_is(run: Cli, tmp_path: Path) -> None:
+def test_a_run_of_which_no_checkpoint_can_be_read_is_left_as_it_is(
+    run: Cli, tmp_path: Path
+) -> None:
     """To begin anew would cut its statistics back to nothing, and take the damaged files, which may be mended, out of sight."""
     run.train(*TINY, "run_dir=r")
     for path in checkpoint.all_checkpoints(tmp_path / "r"):
@@ -309,7 +367,11 @@ def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
 ) -> None:
     run.train(*TINY, "run_dir=r")
     newest, opened = checkpoint.find(tmp_path / "r"), Path.open
-    says = {"format": "has format 99", "permissions": "(Permission denied); check its", "memory": "do not fit into memory"}[why]
+    says = {
+        "format": "has format 99",
+        "permissions": "(Permission denied); check its",
+        "memory": "do not fit into memory",
+    }[why]
     if why == "format":
         parts = checkpoint.load(newest)
         monkeypatch.setattr(checkpoint, "FORMAT", 99)
@@ -324,7 +386,9 @@ def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
 
         monkeypatch.setattr(Path, "open", refusing)
     else:
-        short = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10000000000 bytes.")
+        short = RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 10000000000 bytes."
+        )
 
         def load(*_: Any, **__: Any) -> Any:
             raise short
@@ -342,18 +406,21 @@ def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
 def test_a_polite_kill_before_the_first_step_asks_for_a_restart(
     run: Cli, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, swallowed: bool
 ) -> None:
-    real = vgan.train.set_up
+    real = vgan.training.train.set_up
 
     def pre_empted(*args: Any) -> Any:
         with contextlib.suppress(*([SystemExit] if swallowed else [])):
             signal.raise_signal(number)
         return real(*args)
 
-    monkeypatch.setattr(vgan.train, "set_up", pre_empted)
+    monkeypatch.setattr(vgan.training.train, "set_up", pre_empted)
     code, out, _ = run.train(*TINY, "run_dir=r")
     assert signal.getsignal(number) == signal.SIG_DFL  # as it was before
     assert code == 75
-    assert out.splitlines()[-1] == "vgan-train: stopped before the first step; the same command goes on"
+    assert (
+        out.splitlines()[-1]
+        == "vgan-train: stopped before the first step; the same command goes on"
+    )
     assert not Path("r/stats.jsonl").exists()
 
 
@@ -361,20 +428,29 @@ def test_checkpoint_of_another_model_or_of_other_data_is_refused(run: Cli, tmp_p
     run.train(*TINY, "run_dir=r")
     before = contents(tmp_path / "r")
     line = message(*run.train(*TINY, "run_dir=r", "model=conv"))
-    assert "holds another model or optimizer (model.generator.attention was self, is now none)" in line
+    assert (
+        "holds another model or optimizer (model.generator.attention was self, is now none)" in line
+    )
     assert "use another run_dir" in line
     other = message(*run.train(*TINY, "run_dir=r", "optim.optimizer._target_=torch.optim.AdamW"))
     assert "optim.optimizer._target_ was torch.optim.Adam, is now torch.optim.AdamW" in other
-    assert "other data (data.seed was 0, is 9)" in message(*run.train(*TINY, "run_dir=r", "data.seed=9"))
+    assert "other data (data.seed was 0, is 9)" in message(
+        *run.train(*TINY, "run_dir=r", "data.seed=9")
+    )
     assert contents(tmp_path / "r") == before
     torch.save({"anything": 1}, tmp_path / "x.pt")
     assert "not a vgan checkpoint" in message(*run.sample("ckpt=x.pt", "device=cpu"))
 
 
-@pytest.mark.parametrize("swallowed", [None, ValueError("cannot parse the header"), RecursionError(), ImportError("numpy")])
-def test_ctrl_c_before_the_first_step_is_not_lost(run: Cli, monkeypatch: pytest.MonkeyPatch, swallowed: Exception | None) -> None:
+@pytest.mark.parametrize(
+    "swallowed",
+    [None, ValueError("cannot parse the header"), RecursionError(), ImportError("numpy")],
+)
+def test_ctrl_c_before_the_first_step_is_not_lost(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, swallowed: Exception | None
+) -> None:
     """What imports modules or reads files may swallow the exception, or raise another in its place."""
-    real = vgan.train.set_up
+    real = vgan.training.train.set_up
 
     def interrupted(*args: Any) -> Any:
         with contextlib.suppress(KeyboardInterrupt):
@@ -383,14 +459,17 @@ def test_ctrl_c_before_the_first_step_is_not_lost(run: Cli, monkeypatch: pytest.
             raise swallowed
         return real(*args)
 
-    monkeypatch.setattr(vgan.train, "set_up", interrupted)
+    monkeypatch.setattr(vgan.training.train, "set_up", interrupted)
     assert message(*run.train(*TINY, "run_dir=r"), expect_code=130) == "vgan-train: stopped at once"
     assert not Path("r/stats.jsonl").exists()
 
 
 def test_a_key_of_other_data_is_the_one_that_is_named(run: Cli) -> None:
     line = message(*run.train("data=folder", "data.path=x", "data.size=64"), expect_code=2)
-    assert line == "vgan-train: data.size=64: unknown key data.size; --help lists the keys, --cfg job the nested ones"
+    assert (
+        line
+        == "vgan-train: data.size=64: unknown key data.size; --help lists the keys, --cfg job the nested ones"
+    )
 
 
 def test_names_that_are_not_text_are_shown(run: Cli) -> None:
@@ -399,10 +478,14 @@ def test_names_that_are_not_text_are_shown(run: Cli) -> None:
         Image.new("RGB", (16, 16)).save(f"pictures/{name}.png")
     Path("pictures/c\udcff.png").write_bytes(b"none")
     general = [setting for setting in TINY if not setting.startswith("data")]
-    assert "c\\udcff.png" in message(*run.train(*general, "data=folder", "data.path=pictures", "data.resolution=16"))
+    assert "c\\udcff.png" in message(
+        *run.train(*general, "data=folder", "data.path=pictures", "data.resolution=16")
+    )
 
 
-def test_paths_that_hydra_cannot_read(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_hydra_cannot_read(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run.train(*TINY, "run_dir=~/a,b={0..9}/seed=0")[0] == 0
     assert (tmp_path / "a,b={0..9}" / "seed=0" / "config.yaml").is_file()
@@ -416,7 +499,9 @@ def test_help_is_80_columns_wide(run: Cli) -> None:
     assert len(mains) >= 7
     for main in mains:
         lines = run(main, "--help")[1].splitlines()
-        assert max(len(line) for line in lines if not line.startswith("  vgan-")) <= 80  # a command is not broken
+        assert (
+            max(len(line) for line in lines if not line.startswith("  vgan-")) <= 80
+        )  # a command is not broken
 
 
 def test_keys_of_other_programs_are_understood(run: Cli) -> None:
@@ -431,7 +516,9 @@ def test_changed_settings_are_shown(run: Cli) -> None:
     assert "changed since the checkpoint: optim.lr_G.start was 0.002, is now 0.01" in out
 
 
-def test_full_disk_keeps_what_was_written(run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_what_was_written(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.train(*TINY, "run_dir=r", "total_kimg=0.016")
     kept = (tmp_path / "r" / "checkpoint-000000016.pt").read_bytes()
 
@@ -460,7 +547,14 @@ def test_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
     code += "from vgan.cli import train_main; train_main()"
     if os.name == "nt":
         return
-    command = [sys.executable, "-c", code, *TINY, f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'r'}"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        *TINY,
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"run_dir={tmp_path / 'r'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -469,13 +563,19 @@ def test_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
-def test_out_of_memory_says_what_to_lower(run: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_out_of_memory_says_what_to_lower(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def step(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(vgan.train, "train_step", step)
+    monkeypatch.setattr(vgan.training.train, "train_step", step)
     assert "smaller batch_size" in message(*run.train(*TINY, "run_dir=r"))
 
 
@@ -508,14 +608,30 @@ QUICK = ["features=learned", "features.train_kimg=0.1", "n=40", "batch_size=20",
 
 def test_eval_prints_a_protocol_and_keeps_the_result(run: Cli) -> None:
     run.train(*TINY, "run_dir=a", "holdout=10")
-    code, out, err = run.evaluate("ckpt=a", *QUICK, "metrics=[fid,kid,pr,diversity,classes,copies]", "repeats=2")
+    code, out, err = run.evaluate(
+        "ckpt=a", *QUICK, "metrics=[fid,kid,pr,diversity,classes,copies]", "repeats=2"
+    )
     assert (code, err) == (0, "")
-    for name in ("fid", "kid", "precision", "recall", "diversity", "diversity_least", "as_asked", "nearest", "copies"):
+    for name in (
+        "fid",
+        "kid",
+        "precision",
+        "recall",
+        "diversity",
+        "diversity_least",
+        "class_accuracy",
+        "nearest",
+        "copies",
+    ):
         assert re.search(rf"\b{name} -?[\d.]+%? \+- [\d.]+", out), name
     assert "54 training pictures of 16 px" in out
     assert "drawn in fp32" in out
     record = json.loads(Path("a/metrics.jsonl").read_text())
-    assert (record["ckpt"], record["cur_nimg"], record["protocol"]["seeds"]) == ("checkpoint-000000032.pt", 32, [0, 1])
+    assert (record["ckpt"], record["cur_nimg"], record["protocol"]["seeds"]) == (
+        "checkpoint-000000032.pt",
+        32,
+        [0, 1],
+    )
     assert size_of("a/nearest-checkpoint-000000032.png") == (8 * 64, 8 * 64)
     again = run.evaluate("ckpt=a", *QUICK, "metrics=[fid]", "repeats=2")[1]
     assert f"fid {record['fid']:.3f}" in again  # the same to the last digit
@@ -536,10 +652,19 @@ def test_eval_of_several_and_of_other_data(run: Cli) -> None:
         (["metrics=[fid,fad]"], r"metrics=\['fid', 'fad'\]: must be some of fid"),
         (["n=5"], "n=5: must be at least 20"),
         (["repeats=0"], "repeats=0: must be above 0"),
-        (["features=imagenet"], "features=imagenet: no such option; use one of auto, inception, learned"),
+        (
+            ["features=imagenet"],
+            "features=imagenet: no such option; use one of auto, inception, learned",
+        ),
         (["weights=none.pth", "features=inception"], "features.weights=none.pth: cannot be read"),
-        (["features=learned", "+features.colour=1"], "features.colour=1: vgan.features.Learned has no such argument"),
-        (["metrics=[is]", "features._target_=vgan.features.Nothing"], "features._target_=vgan.features.Nothing: cannot be"),
+        (
+            ["features=learned", "+features.colour=1"],
+            "features.colour=1: vgan.evaluation.features.ClassifierFeatures has no such argument",
+        ),
+        (
+            ["metrics=[is]", "features._target_=vgan.evaluation.features.Nothing"],
+            "features._target_=vgan.evaluation.features.Nothing: cannot be",
+        ),
         (["data.path=elsewhere"], "data.path=elsewhere"),
     ],
 )
@@ -555,7 +680,10 @@ def test_eval_errors_are_one_line(run: Cli, argv: list[str], message: str) -> No
 def test_a_checkpoint_cannot_choose_code_for_evaluation(run: Cli) -> None:
     run.train(*TINY, "run_dir=a")
     path = Path("a/checkpoint-000000032.pt")
-    for part, leads_out in (("data", "vgan.data.folder.os.system"), ("features", "vgan.features.torch.hub.load")):
+    for part, leads_out in (
+        ("data", "vgan.data.folder.os.system"),
+        ("features", "vgan.evaluation.features.torch.hub.load"),
+    ):
         for target in ("os.system", leads_out):
             parts = checkpoint.load(path)
             parts["config"][part] = {"_target_": target, "command": "touch harm"}

@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vgan.data import store, torchvision_sets
-from vgan.data.feed import Feed
+from vgan.data import packed as store
+from vgan.data import torchvision_sets
 from vgan.data.folder import Folder
+from vgan.data.loader import Loader
+from vgan.data.packed import pack
 from vgan.data.shapes import COLOURS, Oracle, Shapes, score_samples
 from vgan.data.source import Dataset, to_square_uint8
-from vgan.data.store import pack
-from vgan.errors import UserError
+from vgan.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -70,7 +71,9 @@ def test_score_counts_what_was_asked() -> None:
     images, shape, colour = Shapes(32).render(np.arange(40))
     reading = Oracle(32)(images)
     assert score_samples(reading, shape)["precision"] == 1
-    assert score_samples(reading, shape)["coverage"] == len(set(zip(shape.tolist(), colour.tolist())))
+    assert score_samples(reading, shape)["coverage"] == len(
+        set(zip(shape.tolist(), colour.tolist()))
+    )
     assert score_samples(reading, (shape + 1) % 8)["precision"] == 0
 
 
@@ -82,13 +85,17 @@ def test_pictures_of_every_mode_follow_the_stated_rules() -> None:
         return to_square_uint8(image, 16, channels)[8, 8].tolist()
 
     assert value(Image.new("L", (20, 20), 77)) == [77] * 3
-    assert value(Image.new("RGBA", (20, 20), (200, 0, 0, 0))) == [255] * 3  # transparent: white paper
+    assert (
+        value(Image.new("RGBA", (20, 20), (200, 0, 0, 0))) == [255] * 3
+    )  # transparent: white paper
     assert value(Image.new("LA", (20, 20), (0, 255))) == [0] * 3
     assert value(Image.new("CMYK", (20, 20), (0, 255, 255, 0)))[0] > 200
     palette = Image.new("P", (20, 20), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     assert value(palette) == [10, 20, 30]
-    assert value(Image.fromarray(np.full((20, 20), 32896, np.uint16))) == [128] * 3  # scaled, not clipped
+    assert (
+        value(Image.fromarray(np.full((20, 20), 32896, np.uint16))) == [128] * 3
+    )  # scaled, not clipped
     assert value(Image.new("RGB", (20, 20), (255, 0, 0)), channels=1) == [76]
 
 
@@ -96,7 +103,9 @@ def test_exif_crop_and_resize() -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 250
     wide[:10, 20:40, 1] = 0
-    assert to_square_uint8(Image.fromarray(wide), 16, 3)[15].min() == 250  # the middle square, nothing else
+    assert (
+        to_square_uint8(Image.fromarray(wide), 16, 3)[15].min() == 250
+    )  # the middle square, nothing else
     turned = Image.fromarray(wide)
     turned.getexif()[0x0112] = 6  # turn right by a quarter to look at it
     upright = to_square_uint8(turned, 16, 3)
@@ -104,7 +113,9 @@ def test_exif_crop_and_resize() -> None:
     assert upright[8, 0, 1] == 250
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 200
-    assert np.ptp(to_square_uint8(Image.fromarray(stripes), 16, 1)[:, 4:12].astype(int)) < 60  # antialiased
+    assert (
+        np.ptp(to_square_uint8(Image.fromarray(stripes), 16, 1)[:, 4:12].astype(int)) < 60
+    )  # antialiased
     assert to_square_uint8(Image.new("RGB", (178, 218)), 64, 3, crop=178).shape == (64, 64, 3)
 
 
@@ -130,7 +141,9 @@ def test_folder_with_classes_and_zip_hold_the_same(tmp_path: Path) -> None:
         assert source.label_names == ("cats", "dogs")
         items = [source.read(i) for i in range(len(source))]
         assert [label for _, label in items] == [0] * 3 + [1] * 11
-        assert [int(pixels[0, 0, 0]) for pixels, _ in items] == [0, 1, 2] + [100 + i for i in range(11)]
+        assert [int(pixels[0, 0, 0]) for pixels, _ in items] == [0, 1, 2] + [
+            100 + i for i in range(11)
+        ]
 
 
 def test_npy_finds_its_labels_and_fingerprint_follows_content(pictures_npy: Path) -> None:
@@ -186,7 +199,9 @@ def test_folder_refuses_in_one_line(tmp_path: Path, make: object, message: str) 
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
-def test_pack_once_then_open(pictures_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pack_once_then_open(
+    pictures_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Folder(str(pictures_npy), 16)
     first = pack(source, tmp_path / "cache")
     assert np.array_equal(first.images, np.load(pictures_npy))
@@ -196,10 +211,14 @@ def test_pack_once_then_open(pictures_npy: Path, tmp_path: Path, monkeypatch: py
     second = pack(source, tmp_path / "cache")
     assert second.digest == first.digest
     assert isinstance(second.images, np.memmap)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"tiny-images-{source.fingerprint()[:16]}"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [
+        f"tiny-images-{source.fingerprint()[:16]}"
+    ]
 
 
-def test_unreadable_pictures_stop_or_are_skipped_with_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_pictures_stop_or_are_skipped_with_their_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_pictures(tmp_path / "p" / "a", 3)
     write_pictures(tmp_path / "p" / "b", 3, 100)
     (tmp_path / "p" / "a" / "1.png").write_bytes(b"not a png")
@@ -218,7 +237,7 @@ PACK = """
 import sys, time
 from pathlib import Path
 from vgan.data.folder import Folder
-from vgan.data.store import pack
+from vgan.data.packed import pack
 read = Folder.read
 Folder.read = lambda self, i: (time.sleep(float(sys.argv[3])), read(self, i))[1]
 print("go", flush=True)
@@ -241,14 +260,18 @@ def test_two_packing_at_once_and_one_killed_half_way(pictures_npy: Path, tmp_pat
     os.utime(left[0], (0, 0))
     for f in left[0].iterdir():
         os.utime(f, (0, 0))
-    both = [subprocess.Popen([*command, "0.01"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([*command, "0.01"], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     digests = {p.communicate()[0].split()[1] for p in both}
     assert len(digests) == 1
     assert [p.returncode for p in both] == [0, 0]
     assert len(list((tmp_path / "cache").iterdir())) == 1  # what the killed one left is gone too
 
 
-def test_full_and_unwritable_cache(pictures_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_and_unwritable_cache(
+    pictures_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Folder(str(pictures_npy), 16)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache_dir=.*cannot be written"):
@@ -268,7 +291,7 @@ def dataset() -> Dataset:
 
 
 def test_every_epoch_shows_every_item_once_in_another_order(dataset: Dataset) -> None:
-    feed = Feed(dataset, 4, seed=1, device=CPU)
+    feed = Loader(dataset, 4, seed=1, device=CPU)
     order = torch.cat([feed.items(i) for i in range(0, 40, 4)])
     epochs = order.view(4, 10)
     assert all(sorted(e.tolist()) == list(range(10)) for e in epochs)
@@ -276,7 +299,7 @@ def test_every_epoch_shows_every_item_once_in_another_order(dataset: Dataset) ->
 
 
 def test_batches_do_not_depend_on_how_the_run_is_cut(dataset: Dataset) -> None:
-    whole, parts = Feed(dataset, 25, 1, CPU), Feed(dataset, 5, 1, CPU)
+    whole, parts = Loader(dataset, 25, 1, CPU), Loader(dataset, 5, 1, CPU)
     real, c = whole.batch(5)
     pieces = [parts.batch(i) for i in range(5, 30, 5)]
     assert torch.equal(real, torch.cat([p[0] for p in pieces]))
@@ -284,25 +307,28 @@ def test_batches_do_not_depend_on_how_the_run_is_cut(dataset: Dataset) -> None:
 
 
 def test_batch_is_in_range_with_its_class(dataset: Dataset) -> None:
-    feed = Feed(dataset, 4, 1, CPU)
+    feed = Loader(dataset, 4, 1, CPU)
     real, c = feed.batch(0)
     items = feed.items(0)
     assert torch.allclose(real[:, 0, 0, 0], items / 127.5 - 1)
     assert torch.equal(c.argmax(1), items % 3)
     assert real.is_contiguous(memory_format=torch.channels_last)
     plain = Dataset("plain", dataset.images, dataset.labels * 0, (), "digest")
-    assert Feed(plain, 4, 1, CPU).batch(0)[1].shape == (4, 0)
+    assert Loader(plain, 4, 1, CPU).batch(0)[1].shape == (4, 0)
 
 
 def test_reading_ahead_gives_the_asked_batch_in_any_order(dataset: Dataset) -> None:
-    ahead, plain = Feed(dataset, 4, 1, torch.device("meta"), hold_on_device=False), Feed(dataset, 4, 1, CPU)
+    ahead, plain = (
+        Loader(dataset, 4, 1, torch.device("meta"), hold_on_device=False),
+        Loader(dataset, 4, 1, CPU),
+    )
     for cur_nimg in (0, 4, 8, 100, 104, 0):
         assert torch.equal(ahead._read_ahead(cur_nimg)[0], plain._read_ahead(cur_nimg)[0])
     ahead.close()
 
 
 def test_reals_take_turns_over_the_classes(dataset: Dataset) -> None:
-    images, labels = Feed(dataset, 4, 1, CPU).reals(6)
+    images, labels = Loader(dataset, 4, 1, CPU).reals(6)
     assert labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -312,13 +338,15 @@ def test_a_mapped_file_is_read_row_by_row_and_a_shortened_one_noticed(tmp_path: 
     np.save(tmp_path / "x.npy", images)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     labels = np.arange(10, dtype=np.int64)
-    of_file, of_memory = (Feed(Dataset("x", x, labels, ("a",) * 10, "digest"), 4, 3, CPU) for x in (mapped, images))
+    of_file, of_memory = (
+        Loader(Dataset("x", x, labels, ("a",) * 10, "digest"), 4, 3, CPU) for x in (mapped, images)
+    )
     for cur_nimg in (0, 4, 8, 12):
         for a, b in zip(of_file.batch(cur_nimg), of_memory.batch(cur_nimg)):
             assert torch.equal(a, b)
     of_file.close()
     of_memory.close()
-    feed = Feed(Dataset("x", mapped, labels, (), "digest"), 10, 3, CPU)
+    feed = Loader(Dataset("x", mapped, labels, (), "digest"), 10, 3, CPU)
     os.truncate(tmp_path / "x.npy", 200)
     with pytest.raises(OSError, match="cut short"):
         feed.batch(0)
@@ -340,14 +368,18 @@ class FakeSet:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, object]:
         size = (178, 218) if isinstance(self, FakeFaces) else (32, 32)
-        return Image.new("RGB", size, (i, 0, 0)), torch.tensor([i & 1, i >> 1, 0]) if isinstance(self, FakeFaces) else i % 2
+        return Image.new("RGB", size, (i, 0, 0)), torch.tensor([i & 1, i >> 1, 0]) if isinstance(
+            self, FakeFaces
+        ) else i % 2
 
 
 class FakeFaces(FakeSet):
     pass
 
 
-def test_cifar10_and_celeba_through_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cifar10_and_celeba_through_torchvision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeSet)
     monkeypatch.setattr("torchvision.datasets.CelebA", FakeFaces)
     cifar = torchvision_sets.Cifar10(str(tmp_path))
@@ -355,7 +387,12 @@ def test_cifar10_and_celeba_through_torchvision(monkeypatch: pytest.MonkeyPatch,
     assert cifar.read(3)[1] == 1
     assert torchvision_sets.Cifar10(str(tmp_path), labels=False).label_names == ()
     faces = torchvision_sets.CelebA(str(tmp_path), 32, attributes=["Smiling", "Male"])
-    assert faces.label_names == ("not Smiling, not Male", "Smiling, not Male", "not Smiling, Male", "Smiling, Male")
+    assert faces.label_names == (
+        "not Smiling, not Male",
+        "Smiling, not Male",
+        "not Smiling, Male",
+        "Smiling, Male",
+    )
     assert [faces.read(i)[1] for i in range(4)] == [0, 1, 2, 3]
     assert faces.read(3)[0].shape == (32, 32, 3)
     with pytest.raises(UserError, match="did you mean Smiling"):
@@ -363,11 +400,22 @@ def test_cifar10_and_celeba_through_torchvision(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "file"), [("Cifar10", "CIFAR10", "cifar-10-python.tar.gz"), ("CelebA", "CelebA", "img_align_celeba.zip")]
+    ("kind", "name", "file"),
+    [
+        ("Cifar10", "CIFAR10", "cifar-10-python.tar.gz"),
+        ("CelebA", "CelebA", "img_align_celeba.zip"),
+    ],
 )
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted.")])
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted.")]
+)
 def test_failed_download_says_which_files_to_put_where(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, name: str, file: str, error: Exception
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    name: str,
+    file: str,
+    error: Exception,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -380,7 +428,11 @@ def test_failed_download_says_which_files_to_put_where(
 
 
 def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 255, 640)[None, :, None] * np.linspace(0.2, 1, 480)[:, None, None] * np.array([1, 0.5, 0.2])
+    ramp = (
+        np.linspace(0, 255, 640)[None, :, None]
+        * np.linspace(0.2, 1, 480)[:, None, None]
+        * np.array([1, 0.5, 0.2])
+    )
     picture = Image.fromarray(ramp.astype(np.uint8))
     picture.save(tmp_path / "a.jpg", quality=95)
     picture.save(tmp_path / "b.png")
@@ -396,7 +448,7 @@ def test_held_out_pictures_are_never_trained_on(tmp_path: Path) -> None:
     dataset = pack(Shapes(16, 100), tmp_path)
     trained_on, held_out = dataset.split(30)
     assert sorted([*trained_on, *held_out]) == list(range(100))
-    feed = Feed(dataset, 35, 3, torch.device("cpu"), holdout=30)
+    feed = Loader(dataset, 35, 3, torch.device("cpu"), holdout=30)
     for epoch in (0, 70):
         seen = torch.cat([feed.items(epoch), feed.items(epoch + 35)])
         assert sorted(seen.tolist()) == trained_on.tolist()

@@ -14,18 +14,37 @@ import pytest
 import torch
 from runs import SLOW, TINY, lines_of, train_in_process
 
-from vgan import checkpoint, load_generator
-from vgan.distributed import meet
-from vgan.stopping import RESTART
+from vgan import load_generator
+from vgan.runs import checkpoint
+from vgan.runtime.distributed import meet
+from vgan.runtime.signals import RESTART
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed"
+)
 FOLLOWING = ("augment=adaptive", "augment.adapt_kimg=0.1", "gamma=auto")
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-CHEAP = ["precision=fp32", "threads=1", "total_kimg=0.064", "tick_kimg=0.032", "checkpoint_kimg=0.032", "batch_size=16"]
+CHEAP = [
+    "precision=fp32",
+    "threads=1",
+    "total_kimg=0.064",
+    "tick_kimg=0.032",
+    "checkpoint_kimg=0.032",
+    "batch_size=16",
+]
 
 
 def command(processes: int, run_dir: Path, *overrides: str) -> list[str]:
-    return [*RUN, str(processes), "-m", "vgan.train", *TINY, *CHEAP, *overrides, f"run_dir={run_dir}"]
+    return [
+        *RUN,
+        str(processes),
+        "-m",
+        "vgan.training.train",
+        *TINY,
+        *CHEAP,
+        *overrides,
+        f"run_dir={run_dir}",
+    ]
 
 
 def launch(*arguments: object) -> str:
@@ -42,20 +61,30 @@ def close(a: Path, b: Path, rel: float) -> None:
     """Equal to rounding: statistics closely, weights as far as Adam's normalised steps of tiny gradients let them."""
     for ours, theirs in zip(lines_of(a / "stats.jsonl"), lines_of(b / "stats.jsonl"), strict=True):
         assert ours.keys() == theirs.keys()
-        for tick in (ours, theirs):  # under a relativistic loss D's last bias has no gradient: only differences count
+        for tick in (
+            ours,
+            theirs,
+        ):  # under a relativistic loss D's last bias has no gradient: only differences count
             tick["logits/real"] -= tick.pop("logits/fake")
             for one in ("logits/trained_on", "logits/held_out"):
                 tick.pop(one, None)
         for name, value in ours.items():
             if not name.startswith(("speed/", "memory/")):
-                assert theirs[name] == pytest.approx(value, rel=rel, abs=rel), (name, ours["cur_nimg"])
+                assert theirs[name] == pytest.approx(value, rel=rel, abs=rel), (
+                    name,
+                    ours["cur_nimg"],
+                )
     first, second = (checkpoint.load(checkpoint.find(folder)) for folder in (a, b))
     for name, weight in first["G_ema"].items():
         assert torch.allclose(second["G_ema"][name], weight, rtol=10 * rel, atol=10 * rel), name
 
 
-@pytest.mark.parametrize("extra", [(), FOLLOWING, pytest.param(("batch_gpu=3", "holdout=8"), marks=pytest.mark.soak)])
-def test_the_number_of_processes_does_not_change_the_run(tmp_path: Path, extra: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "extra", [(), FOLLOWING, pytest.param(("batch_gpu=3", "holdout=8"), marks=pytest.mark.soak)]
+)
+def test_the_number_of_processes_does_not_change_the_run(
+    tmp_path: Path, extra: tuple[str, ...]
+) -> None:
     alone(tmp_path / "1", *extra)
     for processes in (2,) if extra else (2, 4):
         out = launch(processes, tmp_path / str(processes), *extra)
@@ -63,13 +92,23 @@ def test_the_number_of_processes_does_not_change_the_run(tmp_path: Path, extra: 
         close(tmp_path / "1", tmp_path / str(processes), rel=2e-3)
 
 
-def test_networks_spread_over_processes_train_alike_and_their_checkpoints_load_on_one(tmp_path: Path) -> None:
+def test_networks_spread_over_processes_train_alike_and_their_checkpoints_load_on_one(
+    tmp_path: Path,
+) -> None:
     alone(tmp_path / "whole")
     launch(2, tmp_path / "spread", "parallel=fsdp")
     close(tmp_path / "whole", tmp_path / "spread", rel=2e-3)
-    assert load_generator(tmp_path / "spread", device="cpu")(torch.zeros(1, 64), torch.eye(8)[:1]).shape == (1, 3, 16, 16)
+    assert load_generator(tmp_path / "spread", device="cpu")(
+        torch.zeros(1, 64), torch.eye(8)[:1]
+    ).shape == (1, 3, 16, 16)
     alone(tmp_path / "moved", "total_kimg=0.032", "schedule_kimg=0.064")
-    out = launch(2, tmp_path / "moved", "schedule_kimg=0.064", "parallel=fsdp", "size.recompute=true")  # moments spread as well
+    out = launch(
+        2,
+        tmp_path / "moved",
+        "schedule_kimg=0.064",
+        "parallel=fsdp",
+        "size.gradient_checkpointing=true",
+    )  # moments spread as well
     assert "from 32 images on" in out
     close(tmp_path / "whole", tmp_path / "moved", rel=2e-3)
 
@@ -99,7 +138,9 @@ def wait_for_checkpoint(run_dir: Path, process: "subprocess.Popen[str]") -> None
 
 
 def workers(process: "subprocess.Popen[str]") -> list[int]:
-    return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
@@ -137,7 +178,10 @@ def without_torchrun(script: Path, *arguments: str) -> "list[subprocess.Popen[st
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     call = [sys.executable, str(script), *arguments]
     places = [{**os.environ, **told, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
-    return [subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for env in places]
+    return [
+        subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for env in places
+    ]
 
 
 def outputs(processes: "list[subprocess.Popen[str]]") -> list[str]:
@@ -153,7 +197,9 @@ def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
     store, names = torch.distributed.HashStore(), {}
 
     def come(rank: int) -> threading.Thread:
-        thread = threading.Thread(target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True)
+        thread = threading.Thread(
+            target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True
+        )
         thread.start()
         return thread
 
@@ -174,9 +220,9 @@ def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
 
 # The last process dies once, while the first is inside a step: the agent of its machine restarts it without having seen it fail.
 DIES_ON_ONE_MACHINE = """
-import os, signal, sys, time, vgan.train
+import os, signal, sys, time, vgan.training.train
 from pathlib import Path
-step, rank, died = vgan.train.train_step, int(os.environ["RANK"]), Path(sys.argv.pop(1))
+step, rank, died = vgan.training.train.train_step, int(os.environ["RANK"]), Path(sys.argv.pop(1))
 def dying(*a):
     if int(a[5].index[0]) // 16 == 6 and not (mark := died.with_suffix(f".{rank}")).exists():
         mark.touch()
@@ -184,7 +230,7 @@ def dying(*a):
         if rank:
             os.kill(os.getpid(), signal.SIGKILL)
     return step(*a)
-vgan.train.train_step = dying
+vgan.training.train.train_step = dying
 print("restarts counted here:", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
 from vgan.cli import train_main
 train_main()
@@ -192,16 +238,27 @@ train_main()
 
 
 @pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.soak)])
-def test_a_killed_process_of_one_machine_restarts_those_of_all(tmp_path: Path, backend: str) -> None:
+def test_a_killed_process_of_one_machine_restarts_those_of_all(
+    tmp_path: Path, backend: str
+) -> None:
     (tmp_path / "dies.py").write_text(DIES_ON_ONE_MACHINE)
     port, call = free_port(), [*RUN[:-2], "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2"]
-    script = [str(tmp_path / "dies.py"), str(tmp_path / "died"), *TINY, *CHEAP, "total_kimg=0.16", f"run_dir={tmp_path / 'r'}"]
+    script = [
+        str(tmp_path / "dies.py"),
+        str(tmp_path / "died"),
+        *TINY,
+        *CHEAP,
+        "total_kimg=0.16",
+        f"run_dir={tmp_path / 'r'}",
+    ]
     processes = []
     for machine in range(2):
         place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=r"]
         if backend == "static":  # where an agent hears of the other's only by the group's failing
             place = [f"--node-rank={machine}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        agent = subprocess.Popen([*call, *place, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        agent = subprocess.Popen(
+            [*call, *place, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         processes.append(agent)
     told = outputs(processes)
     assert [process.returncode for process in processes] == [0, 0], told
@@ -211,7 +268,7 @@ def test_a_killed_process_of_one_machine_restarts_those_of_all(tmp_path: Path, b
 
 
 SLOW_DISK = """
-import os, time, vgan.train
+import os, time, vgan.training.train
 sync = os.fsync
 os.fsync = lambda f: (time.sleep(2), sync(f))[1]
 from vgan.cli import train_main
@@ -221,7 +278,9 @@ train_main()
 
 def test_no_process_leaves_while_the_first_still_writes(tmp_path: Path) -> None:
     (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
-    processes = without_torchrun(tmp_path / "slow_disk.py", *TINY, *CHEAP, "total_kimg=16", f"run_dir={tmp_path / 'r'}")
+    processes = without_torchrun(
+        tmp_path / "slow_disk.py", *TINY, *CHEAP, "total_kimg=16", f"run_dir={tmp_path / 'r'}"
+    )
     try:
         wait_for_checkpoint(tmp_path / "r", processes[0])
         processes[1].send_signal(signal.SIGUSR1)
@@ -249,7 +308,9 @@ def test_sigterm_to_torchrun_ends_the_run_whatever_restarts_it_has(tmp_path: Pat
 
 @pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
-def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_again(tmp_path: Path) -> None:
+def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_again(
+    tmp_path: Path,
+) -> None:
     process = slow(2, tmp_path / "r", restarts=1)
     wait_for_checkpoint(tmp_path / "r", process)
     os.kill(workers(process)[1], signal.SIGUSR1)
@@ -266,9 +327,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from vgan import cli
 from vgan.config import CONFIG_DIR
-from vgan.distributed import group
-from vgan.errors import UserError
-from vgan.run import set_up
+from vgan.runtime.distributed import group
+from vgan.runtime.errors import UserError
+from vgan.training.setup import set_up
 common, rank = sys.argv[1:], os.environ["RANK"]
 with group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
     for other in (
@@ -285,7 +346,9 @@ with group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_
 
 def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path) -> None:
     (tmp_path / "alike.py").write_text(ALIKE)
-    told = outputs(without_torchrun(tmp_path / "alike.py", *TINY, *CHEAP, f"data.cache_dir={tmp_path}"))
+    told = outputs(
+        without_torchrun(tmp_path / "alike.py", *TINY, *CHEAP, f"data.cache_dir={tmp_path}")
+    )
     assert told[0] == told[1]
     fix = "; give all processes the same settings and data"
     assert told[0].splitlines() == [
@@ -300,9 +363,9 @@ def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path
 
 # Weights spoiled on the second process alone, later fakes that only one process finds to be all the same.
 ONE_RANK_GOES_WRONG = """
-import os, torch, vgan.train
-from vgan.watching import Pictures
-step, diversity, rank = vgan.train.train_step, Pictures.diversity, int(os.environ["RANK"])
+import os, torch, vgan.training.train
+from vgan.training.monitor import Pictures
+step, diversity, rank = vgan.training.train.train_step, SampleGrid.diversity, int(os.environ["RANK"])
 reached = [0, 0]
 def harmed(state, recipe, now, real, c, streams, weight):
     reached[:] = int(streams.index[0]), streams.seed >> 40
@@ -315,7 +378,7 @@ def seen(pictures):
     value = diversity(pictures)
     low = (rank == 1 and reached[1] == 0) or (rank == 0 and reached[0] >= 100 and reached[1] == 1)
     return 0.0 if low else value
-vgan.train.train_step, Pictures.diversity = harmed, seen
+vgan.training.train.train_step, SampleGrid.diversity = harmed, seen
 from vgan.cli import train_main
 train_main()
 """
@@ -323,11 +386,18 @@ train_main()
 
 def test_the_first_process_decides_on_faults_for_all(tmp_path: Path) -> None:
     (tmp_path / "harm.py").write_text(ONE_RANK_GOES_WRONG)
-    ticks = ["tick_kimg=0.016", "checkpoint_kimg=0.032", "total_kimg=0.256", f"run_dir={tmp_path / 'r'}"]
+    ticks = [
+        "tick_kimg=0.016",
+        "checkpoint_kimg=0.032",
+        "total_kimg=0.256",
+        f"run_dir={tmp_path / 'r'}",
+    ]
     processes = without_torchrun(tmp_path / "harm.py", *TINY, *CHEAP, *ticks)
     told = outputs(processes)
     assert [process.returncode for process in processes] == [0, 0], told
-    faults = [line["watchdog"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line]
+    faults = [
+        line["watchdog"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line
+    ]
     assert len(faults) == 2, told
     assert "was not finite" in faults[0]
     assert "have collapsed" in faults[1]
@@ -337,7 +407,9 @@ def test_the_first_process_decides_on_faults_for_all(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "batch_size=7: must be a multiple of the 2 processes; try 6" in done.stderr
     assert not (tmp_path / "r").exists()
@@ -345,25 +417,45 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> Non
 
 def test_the_script_for_slurm_leaves_the_processes_nearly_all_its_time_to_save() -> None:
     text = (Path(__file__).resolve().parent.parent / "scripts" / "train.slurm").read_text()
-    told, waits = re.search(r"signal=B:TERM@(\d+)", text), re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text)
+    told, waits = (
+        re.search(r"signal=B:TERM@(\d+)", text),
+        re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text),
+    )
     assert told
     assert waits
-    assert 30 < int(waits[1]) < int(told[1])  # torchrun's own 30 s; and its end must come before SLURM's
+    assert (
+        30 < int(waits[1]) < int(told[1])
+    )  # torchrun's own 30 s; and its end must come before SLURM's
 
 
 @pytest.mark.soak
 def test_the_script_for_slurm_saves_and_asks_for_its_place_again(tmp_path: Path) -> None:
     """The real script and torchrun, with stand-ins for the two commands of SLURM."""
     (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho localhost\n')
-    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho localhost\n'
+    )
+    (tmp_path / "torchrun").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    )
     for name in ("srun", "scontrol", "torchrun"):
         (tmp_path / name).chmod(0o755)
     script = Path(__file__).resolve().parent.parent / "scripts" / "train.slurm"
-    place = {"SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "77", "PORT": "29713"}
+    place = {
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": "77",
+        "PORT": "29713",
+    }
     long = [*TINY, *CHEAP, "total_kimg=500", f"run_dir={tmp_path / 'r'}"]
     environment = {**os.environ, **place, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    process = subprocess.Popen(["bash", str(script), *long], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        ["bash", str(script), *long],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "r").is_dir() or not checkpoint.all_checkpoints(tmp_path / "r"):
         assert time.monotonic() < deadline
@@ -374,5 +466,7 @@ def test_the_script_for_slurm_saves_and_asks_for_its_place_again(tmp_path: Path)
     assert process.returncode == 0, out
     assert "requeue 77" in (tmp_path / "asked").read_text()
     reached = lines_of(tmp_path / "r" / "stats.jsonl")[-1]["cur_nimg"]
-    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] >= reached  # saved on leaving
+    assert (
+        checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] >= reached
+    )  # saved on leaving
     assert "the same command" in out, out

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from vgan.ema import ema_copy, update_ema
+from vgan.training.ema import ema_copy, update_ema
 
 
 def test_average_follows_without_gradients() -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from vgan.data.packed import pack
 from vgan.data.shapes import Shapes
-from vgan.data.store import pack
-from vgan.errors import UserError
-from vgan.evaluate import Evaluator, Result, read_records, shown_values, table
+from vgan.evaluation.evaluate import Evaluator, Result, read_records, shown_values, table
 from vgan.models.generator import PlainGenerator
-from vgan.randomness import normal
-from vgan.usage import in_lines
+from vgan.runtime.console import in_lines
+from vgan.runtime.errors import UserError
+from vgan.runtime.rng import normal
 
 
 class Means(torch.nn.Module):
@@ -22,7 +22,9 @@ class Means(torch.nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x = images.float() / 255
-        return torch.cat([x.mean((2, 3)), x[:, :1, :8].mean((2, 3)), x[:, :1, 8:].mean((2, 3)) ** 2], 1), None
+        return torch.cat(
+            [x.mean((2, 3)), x[:, :1, :8].mean((2, 3)), x[:, :1, 8:].mean((2, 3)) ** 2], 1
+        ), None
 
 
 class Repeating(torch.nn.Module):
@@ -31,7 +33,13 @@ class Repeating(torch.nn.Module):
     def __init__(self, images: Tensor, label_dim: int = 0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.images, self.at, self.z_dim, self.label_dim, self.asked = images, 0, 4, label_dim, torch.zeros(0, label_dim)
+        self.images, self.at, self.z_dim, self.label_dim, self.asked = (
+            images,
+            0,
+            4,
+            label_dim,
+            torch.zeros(0, label_dim),
+        )
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         self.asked = torch.cat([self.asked, c])
@@ -63,7 +71,9 @@ def test_labels_follow_the_data_and_the_seed(dataset: object, tmp_path: Path) ->
     G = Repeating(reals_of(dataset), label_dim=8)
     result = evaluator(G, "fp32", tmp_path)
     labels = torch.bincount(torch.from_numpy(dataset.labels), minlength=8)  # type: ignore[attr-defined]
-    assert G.asked[:300].sum(0).tolist() == labels.tolist()  # n equals the set: each picture's label once
+    assert (
+        G.asked[:300].sum(0).tolist() == labels.tolist()
+    )  # n equals the set: each picture's label once
     assert not torch.equal(G.asked[:300], G.asked[300:])  # and another order with another seed
     assert result.protocol["seeds"] == [5, 6]
     assert result.values["fid_std"] >= 0
@@ -84,7 +94,10 @@ def test_real_features_are_kept_by_data_and_protocol(dataset: object, tmp_path: 
 
 
 def test_results_of_two_protocols_are_kept_apart() -> None:
-    a, b = Result({"fid": 2.0}, {"reals": "a", "fakes": "100"}), Result({"fid": 1.0}, {"reals": "a", "fakes": "200"})
+    a, b = (
+        Result({"fid": 2.0}, {"reals": "a", "fakes": "100"}),
+        Result({"fid": 1.0}, {"reals": "a", "fakes": "200"}),
+    )
     text = table([Path("r/a.pt"), Path("r/b.pt"), Path("r/c.pt")], [a, b, a])
     first, second = text.split("NOT comparable")
     assert "r/a.pt   fid 2.000" in first
@@ -94,15 +107,22 @@ def test_results_of_two_protocols_are_kept_apart() -> None:
 
 
 def test_format_of_values() -> None:
-    parts = shown_values({"fid": 12.3456, "fid_std": 0.1, "kid": 0.00123, "kid_ci": 0.0001, "precision": 0.5})
+    parts = shown_values(
+        {"fid": 12.3456, "fid_std": 0.1, "kid": 0.00123, "kid_ci": 0.0001, "precision": 0.5}
+    )
     assert parts == ["fid 12.346 +- 0.100", "kid 0.00123 +- 0.00010", "precision 0.500"]
-    assert in_lines(parts, "r/a.pt   ") == "r/a.pt   fid 12.346 +- 0.100   kid 0.00123 +- 0.00010   precision 0.500"
+    assert (
+        in_lines(parts, "r/a.pt   ")
+        == "r/a.pt   fid 12.346 +- 0.100   kid 0.00123 +- 0.00010   precision 0.500"
+    )
     assert in_lines(parts * 2, "x ").splitlines()[1].startswith("  fid")
     assert max(map(len, in_lines(parts * 9, "x ").splitlines())) <= 80
 
 
 def test_records_survive_a_torn_line(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"cur_nimg": 1}) + "\n" + '{"cur_nimg": 2, "fi')
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"cur_nimg": 1}) + "\n" + '{"cur_nimg": 2, "fi'
+    )
     assert read_records(tmp_path) == [{"cur_nimg": 1}]
     assert read_records(tmp_path / "none") == []
 
@@ -133,7 +153,9 @@ def test_copies_are_found_and_shown(dataset: object, tmp_path: Path) -> None:
     assert unseen.values["nearest"] == pytest.approx(unseen.values["nearest_reals"], abs=1e-3)
     assert unseen.values["copies"] < 0.1
     assert copied.nearest is not None
-    rows = copied.nearest.unflatten(0, (8, 8))  # each fake, then its nearest training pictures: itself first
+    rows = copied.nearest.unflatten(
+        0, (8, 8)
+    )  # each fake, then its nearest training pictures: itself first
     assert torch.equal(rows[:, 0], rows[:, 1])
 
 
@@ -164,7 +186,9 @@ def test_classes_are_counted_as_asked(dataset: object, tmp_path: Path) -> None:
         """Sees the class in the first pixel."""
 
         def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-            return super().forward(images)[0], torch.eye(8)[images[:, 0, 0, 0].long().clamp(max=239) // 30]
+            return super().forward(images)[0], torch.eye(8)[
+                images[:, 0, 0, 0].long().clamp(max=239) // 30
+            ]
 
     class Painter(Repeating):
         def forward(self, z: Tensor, c: Tensor) -> Tensor:
@@ -174,6 +198,8 @@ def test_classes_are_counted_as_asked(dataset: object, tmp_path: Path) -> None:
     evaluator = Evaluator(dataset, Sighted(), ["classes"], 300, 1, 0, 64)  # type: ignore[arg-type]
     values = evaluator(Painter(reals_of(dataset), label_dim=8), "fp32", tmp_path).values
     drawn = (dataset.labels < 6).mean()  # type: ignore[attr-defined]
-    assert values == {"as_asked": pytest.approx(drawn), "classes_seen": 6}
+    assert values == {"class_accuracy": pytest.approx(drawn), "classes_covered": 6}
     with pytest.raises(UserError, match="metrics=classes"):
-        Evaluator(dataset, Means(), ["classes"], 30, 1, 0, 64)(Painter(reals_of(dataset), 8), "fp32", tmp_path)  # type: ignore[arg-type]
+        Evaluator(dataset, Means(), ["classes"], 30, 1, 0, 64)(
+            Painter(reals_of(dataset), 8), "fp32", tmp_path
+        )  # type: ignore[arg-type]

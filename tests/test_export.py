@@ -13,19 +13,22 @@ from hydra import compose, initialize_config_dir
 from runs import TINY, train_in_process
 from safetensors import safe_open
 
-import vgan.export
-from vgan import checkpoint, load_generator
+import vgan.inference.export
+from vgan import load_generator
 from vgan.config import CONFIG_DIR
-from vgan.drawing import draw, latents
-from vgan.errors import UserError
-from vgan.export import export, generator_onnx, latents_onnx
-from vgan.images import to_uint8
+from vgan.inference.export import export, generator_onnx, latents_onnx
+from vgan.inference.load import draw, latents
+from vgan.runs import checkpoint
+from vgan.runtime.errors import UserError
+from vgan.runtime.images import to_uint8
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "r"
-    train_in_process(folder, "total_kimg=0.04", "size.attention_resolutions=[4,8]", "model=adaptive")
+    train_in_process(
+        folder, "total_kimg=0.04", "size.attention_resolutions=[4,8]", "model=adaptive"
+    )
     path = checkpoint.find(folder)
     parts = checkpoint.load(path)
     rng = torch.Generator().manual_seed(0)
@@ -41,7 +44,13 @@ def without_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     np.save(folder.with_name("pictures.npy"), pictures)
     tiny = [o for o in TINY if not o.startswith("data")] + ["data=folder", "data.resolution=16"]
-    train_in_process(folder, f"data.path={folder.with_name('pictures.npy')}", "total_kimg=0.04", "model=plain", tiny=tiny)
+    train_in_process(
+        folder,
+        f"data.path={folder.with_name('pictures.npy')}",
+        "total_kimg=0.04",
+        "model=plain",
+        tiny=tiny,
+    )
     return checkpoint.find(folder)
 
 
@@ -50,7 +59,9 @@ def run(ckpt: Path, *overrides: object) -> Path:
         return export(compose("export", overrides=[f"ckpt={ckpt}", *map(str, overrides)]))
 
 
-def test_onnx_runs_in_onnxruntime_for_any_batch(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_runs_in_onnxruntime_for_any_batch(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = run(ckpt, "to=onnx", f"out={tmp_path / 'g.onnx'}", "license=CC0-1.0")
     assert "of torch's" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
@@ -71,18 +82,26 @@ def test_numbers_give_the_pictures_of_vgan_sample(ckpt: Path, tmp_path: Path) ->
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     numbers, labels = np.array([0, 9, 2**40 + 1]), np.array([1, 0, 7])
     (images,) = session.run(None, {"numbers": numbers, "labels": labels})
-    ours = draw(load_generator(ckpt, device="cpu"), torch.from_numpy(numbers), 5, torch.from_numpy(labels))
+    ours = draw(
+        load_generator(ckpt, device="cpu"), torch.from_numpy(numbers), 5, torch.from_numpy(labels)
+    )
     assert (to_uint8(torch.from_numpy(images)).int() - ours.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("to", vgan.export.ENDINGS)
-def test_every_kind_takes_a_model_without_classes(without_classes: Path, tmp_path: Path, to: str) -> None:
-    out = run(without_classes, f"to={to}", f"out={tmp_path / 'g'}{vgan.export.ENDINGS[to]}")
+@pytest.mark.parametrize("to", vgan.inference.export.ENDINGS)
+def test_every_kind_takes_a_model_without_classes(
+    without_classes: Path, tmp_path: Path, to: str
+) -> None:
+    out = run(
+        without_classes, f"to={to}", f"out={tmp_path / 'g'}{vgan.inference.export.ENDINGS[to]}"
+    )
     G = load_generator(without_classes, device="cpu")
     z, c = latents(G, torch.arange(3), seed=1)
     expected = G(z, c)
     if to == "onnx":
-        got = torch.from_numpy(onnxruntime.InferenceSession(str(out)).run(None, {"z": z.numpy()})[0])
+        got = torch.from_numpy(
+            onnxruntime.InferenceSession(str(out)).run(None, {"z": z.numpy()})[0]
+        )
     elif to == "pt2":
         got = torch.export.load(out).module()(z)
     elif to == "torchscript":
@@ -97,7 +116,13 @@ def test_every_kind_takes_a_model_without_classes(without_classes: Path, tmp_pat
 
 @pytest.mark.parametrize("to", ["pt2", "torchscript"])
 def test_numbers_and_labels_in_torchs_own_kinds(ckpt: Path, tmp_path: Path, to: str) -> None:
-    out = run(ckpt, f"to={to}", "input=numbers", "seed=5", f"out={tmp_path / 'g'}{vgan.export.ENDINGS[to]}")
+    out = run(
+        ckpt,
+        f"to={to}",
+        "input=numbers",
+        "seed=5",
+        f"out={tmp_path / 'g'}{vgan.inference.export.ENDINGS[to]}",
+    )
     numbers, labels = torch.tensor([0, 9, 2**40 + 1]), torch.tensor([1, 0, 7])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of TorchScript itself
@@ -116,7 +141,9 @@ def test_safetensors_are_read_and_hold_what_makes_the_network(ckpt: Path, tmp_pa
     with safe_open(out, framework="pt") as file:
         assert file.metadata()["license"] == "not stated"
     content = out.read_bytes()
-    for i, bad in enumerate((content[:100], b"", content.replace(b"vgan.models.generator", b"os.path.expanduserrrr"))):
+    for i, bad in enumerate(
+        (content[:100], b"", content.replace(b"vgan.models.generator", b"os.path.expanduserrrr"))
+    ):
         (tmp_path / f"{i}.safetensors").write_bytes(bad)
         with pytest.raises(UserError, match=r"intact|own classes only"):
             load_generator(tmp_path / f"{i}.safetensors", device="cpu")
@@ -128,30 +155,40 @@ def test_graphs_of_the_page(ckpt: Path, without_classes: Path) -> None:
     G = load_generator(ckpt, device="cpu")
     numbers = torch.tensor([3, 2**33])
     z, c = latents(G, numbers, seed=2)
-    (got,) = onnxruntime.InferenceSession(latents_onnx(G, 2)).run(None, {"numbers": numbers.numpy()})
+    (got,) = onnxruntime.InferenceSession(latents_onnx(G, 2)).run(
+        None, {"numbers": numbers.numpy()}
+    )
     assert np.abs(got - z.numpy()).max() < 1e-5
     content, places = generator_onnx(G)
     assert places == (1, 8, 8)  # the finer of the two layers
-    images, attention = onnxruntime.InferenceSession(content).run(["images", "attention"], {"z": z.numpy(), "c": c.numpy()})
+    images, attention = onnxruntime.InferenceSession(content).run(
+        ["images", "attention"], {"z": z.numpy(), "c": c.numpy()}
+    )
     assert np.abs(images - G(z, c).numpy()).max() < 1e-4
     assert attention.shape == (2, 1, 64, 64)
-    looked = vgan.export.FromLatent(G, G.stages[1][-1])(z, c)[1]  # type: ignore[index, union-attr]
+    looked = vgan.inference.export.FromLatent(G, G.stages[1][-1])(z, c)[1]  # type: ignore[index, union-attr]
     assert np.abs(attention - looked.numpy()).max() < 1e-4
     assert generator_onnx(load_generator(without_classes, device="cpu"))[1] is None
 
 
-def test_what_differs_is_not_written(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vgan.export, "TOLERANCE", -1.0)
-    with pytest.raises(UserError, match=r"to=onnx: its pictures differ from torch's by .*; use to=safetensors"):
+def test_what_differs_is_not_written(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vgan.inference.export, "TOLERANCE", -1.0)
+    with pytest.raises(
+        UserError, match=r"to=onnx: its pictures differ from torch's by .*; use to=safetensors"
+    ):
         run(ckpt, "to=onnx", f"out={tmp_path / 'g.onnx'}")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_operator_that_onnx_does_not_have_is_one_line(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_that_onnx_does_not_have_is_one_line(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(self: torch.nn.Module, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return self.G(z + torch.linalg.eigvals(z.T @ z).real[0], c)  # type: ignore[operator]
 
-    monkeypatch.setattr(vgan.export.FromLatent, "forward", unknown)
+    monkeypatch.setattr(vgan.inference.export.FromLatent, "forward", unknown)
     with pytest.raises(UserError, match="to=onnx: torch cannot export this network") as caught:
         run(ckpt, "to=onnx", f"out={tmp_path / 'g.onnx'}")
     assert "\n" not in str(caught.value)
@@ -166,7 +203,9 @@ def test_an_operator_that_onnx_does_not_have_is_one_line(ckpt: Path, tmp_path: P
         (["to=onnx", "input=seed"], "input=seed: must be z or numbers"),
     ],
 )
-def test_bad_input(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], text: str) -> None:
+def test_bad_input(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], text: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=text):
         run(ckpt, *overrides)

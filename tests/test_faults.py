@@ -14,17 +14,17 @@ import torch
 from runs import TINY, assert_same_run, lines_of, train_in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import vgan.files
-import vgan.stats
-import vgan.train
-from vgan import checkpoint
-from vgan.errors import UserError
-from vgan.files import append_line, own_folder
-from vgan.steps import State
-from vgan.stopping import GaveUp
-from vgan.watchdog import Rescue, Varied, Watchdog, diversity
-from vgan.watching import Judge, Pictures, Unseen
-from vgan.writer import CheckpointWriter
+import vgan.runs.log_writer
+import vgan.runtime.files
+import vgan.training.train
+from vgan.runs import checkpoint
+from vgan.runs.checkpoint_writer import CheckpointWriter
+from vgan.runtime.errors import UserError
+from vgan.runtime.files import append_line, own_folder
+from vgan.runtime.signals import TrainingFailed
+from vgan.training.monitor import HoldoutLogits, PeriodicEvaluation, SampleGrid
+from vgan.training.step import State
+from vgan.training.watchdog import DiversityHistory, RecoveryState, Watchdog, diversity
 
 Harm = Callable[[State, dict[str, torch.Tensor]], None]
 
@@ -57,18 +57,22 @@ def kill(half: str) -> Harm:
     return dead
 
 
-def inject(monkeypatch: pytest.MonkeyPatch, harm: Harm, when: Callable[[int, int], bool]) -> list[Any]:
+def inject(
+    monkeypatch: pytest.MonkeyPatch, harm: Harm, when: Callable[[int, int], bool]
+) -> list[Any]:
     """Let `harm` work on each step for which when(cur_nimg, stream of random numbers) holds; returns the moments of all steps."""
-    step, moments = vgan.train.train_step, []
+    step, moments = vgan.training.train.train_step, []
 
-    def harmed(state: State, recipe: Any, now: Any, real: Any, c: Any, streams: Any, weight: float) -> Any:
+    def harmed(
+        state: State, recipe: Any, now: Any, real: Any, c: Any, streams: Any, weight: float
+    ) -> Any:
         scalars = step(state, recipe, now, real, c, streams, weight)
         moments.append((int(streams.index[0]), streams.seed >> 40, now))
         if when(int(streams.index[0]), streams.seed >> 40):
             harm(state, scalars)
         return scalars
 
-    monkeypatch.setattr(vgan.train, "train_step", harmed)
+    monkeypatch.setattr(vgan.training.train, "train_step", harmed)
     return moments
 
 
@@ -84,7 +88,11 @@ def inject(monkeypatch: pytest.MonkeyPatch, harm: Harm, when: Callable[[int, int
     ],
 )
 def test_a_fault_leads_back_to_the_last_good_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: Harm, says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    harm: Harm,
+    says: str,
 ) -> None:
     inject(monkeypatch, harm, lambda nimg, stream: nimg >= 200 and stream == 0)
     train_in_process(tmp_path / "r")
@@ -94,13 +102,17 @@ def test_a_fault_leads_back_to_the_last_good_checkpoint(
     told = [line for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line]
     assert len(told) == 1
     assert says in told[0]["watchdog"]
-    assert 120 <= told[0]["cur_nimg"] <= 240  # within one interval, two for a collapse, which must be seen twice
+    assert (
+        120 <= told[0]["cur_nimg"] <= 240
+    )  # within one interval, two for a collapse, which must be seen twice
     final = checkpoint.load(checkpoint.find(tmp_path / "r"))
     assert final["cur_nimg"] == 400
     assert final["rescue"]["stream"] == 1
     assert final["rescue"]["tries"] == 0  # overcome
     assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
-    ticks = [line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "loss/D" in line]
+    ticks = [
+        line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "loss/D" in line
+    ]
     assert ticks == list(range(40, 401, 40))  # none twice
     board = EventAccumulator(str(tmp_path / "r"))
     board.Reload()
@@ -112,26 +124,46 @@ def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moments = inject(monkeypatch, spoil_weights, lambda nimg, stream: nimg >= 200)
-    with pytest.raises(GaveUp, match=r"gave up at 240 images after 3 tries .*not finite; the checkpoints of before are kept"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"gave up at 240 images after 3 tries .*not finite; the checkpoints of before are kept",
+    ):
         train_in_process(tmp_path / "r")
-    first = {stream: next(now for n, s, now in moments if s == stream and n == 200) for stream in range(4)}
+    first = {
+        stream: next(now for n, s, now in moments if s == stream and n == 200)
+        for stream in range(4)
+    }
     assert [first[s].lr_D / first[0].lr_D for s in range(4)] == pytest.approx([1, 1, 0.5, 0.5])
     assert [first[s].gamma / first[0].gamma for s in range(4)] == pytest.approx([1, 1, 1, 2])
     back = [next(n for n, s, _ in moments if s == stream) for stream in range(4)]
-    assert back == [0, 200, 160, 120]  # one checkpoint further each time, in case the harm was done earlier
-    assert all(torch.isfinite(w).all() for w in checkpoint.load(checkpoint.find(tmp_path / "r"))["G"].values())
+    assert back == [
+        0,
+        200,
+        160,
+        120,
+    ]  # one checkpoint further each time, in case the harm was done earlier
+    assert all(
+        torch.isfinite(w).all()
+        for w in checkpoint.load(checkpoint.find(tmp_path / "r"))["G"].values()
+    )
     put_aside = sorted(p.name for p in (tmp_path / "r").glob("rejected-*"))
     assert put_aside == ["rejected-checkpoint-000000160.pt", "rejected-checkpoint-000000200.pt"]
 
 
-def test_a_fault_before_the_first_checkpoint_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_before_the_first_checkpoint_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inject(monkeypatch, spoil_weights, lambda nimg, stream: nimg >= 16 and stream == 0)
     train_in_process(tmp_path / "r")
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 400
 
 
-def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unnoticed(state: State, scalars: dict[str, torch.Tensor]) -> None:  # no scalar tells before the next step
+def test_weights_that_are_not_finite_are_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unnoticed(
+        state: State, scalars: dict[str, torch.Tensor]
+    ) -> None:  # no scalar tells before the next step
         with torch.no_grad():
             next(state.G.parameters()).fill_(float("nan"))
 
@@ -142,7 +174,9 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, monkeypat
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["rescue"]["stream"] == 1
 
 
-def test_moments_that_are_not_finite_are_never_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moments_that_are_not_finite_are_never_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A gradient of 1e20 is finite, its square is not, and that weight would never move again."""
     train_in_process(tmp_path / "r", "total_kimg=0.008")
     parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
@@ -156,22 +190,30 @@ def test_moments_that_are_not_finite_are_never_written(tmp_path: Path, capsys: p
 
 def test_fp16_that_overflows_at_every_scale_is_a_fault() -> None:
     watchdog = Watchdog(50, 0.01)
-    assert watchdog.fault({"scale/D": 65536.0}, 1.0, Varied()) is None
-    assert "fp16: every gradient of D overflows" in str(watchdog.fault({"scale/D": 2.0**-11}, 1.0, Varied()))
+    assert watchdog.fault({"scale/D": 65536.0}, 1.0, DiversityHistory()) is None
+    assert "fp16: every gradient of D overflows" in str(
+        watchdog.fault({"scale/D": 2.0**-11}, 1.0, DiversityHistory())
+    )
 
 
 def test_a_run_that_was_never_varied_has_not_collapsed() -> None:
-    watchdog, varied = Watchdog(50, 0.02), Varied()
-    assert [watchdog.fault({"diversity": d}, 1.0, varied) for d in (0.005, 0.006, 0.3, 0.01, 0.3)] == [None] * 5
+    watchdog, varied = Watchdog(50, 0.02), DiversityHistory()
+    assert [
+        watchdog.fault({"diversity": d}, 1.0, varied) for d in (0.005, 0.006, 0.3, 0.01, 0.3)
+    ] == [None] * 5
     assert watchdog.fault({"diversity": 0.01}, 1.0, varied) is None
     assert "collapsed" in str(watchdog.fault({"diversity": 0.01}, 1.0, varied))
 
 
-def test_a_stop_in_the_midst_of_a_rescue_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_in_the_midst_of_a_rescue_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once after a first look at a collapse, which must be seen twice, and once after the run went back."""
     inject(monkeypatch, collapse, lambda nimg, stream: nimg >= 200 and stream == 0)
     for reached in (0.24, 0.32, 0.4):
-        train_in_process(tmp_path / "cut", f"total_kimg={reached}", "schedule_kimg=0.4", "snapshot_kimg=0.4")
+        train_in_process(
+            tmp_path / "cut", f"total_kimg={reached}", "schedule_kimg=0.4", "snapshot_kimg=0.4"
+        )
     train_in_process(tmp_path / "whole", "schedule_kimg=0.4", "snapshot_kimg=0.4")
     for picture in (tmp_path / "cut").glob("fakes-*.png"):  # each of the three ended with one
         if picture.name != "fakes-000000400.png":
@@ -195,11 +237,16 @@ def test_diversity_is_a_share_of_the_reals(generator: torch.Generator) -> None:
 
 
 def test_rescues_take_turns_and_what_helped_stays() -> None:
-    change, words = Rescue(), []
+    change, words = RecoveryState(), []
     for _ in range(4):
         change, what = change.next(100)
         words.append(what)
-    assert words == ["a new random stream", "half the learning rates", "twice the gamma", "a new random stream"]
+    assert words == [
+        "a new random stream",
+        "half the learning rates",
+        "twice the gamma",
+        "a new random stream",
+    ]
     assert change.past(150, 60).tries == 4
     past = change.past(161, 60)
     assert (past.tries, past.lr, past.gamma, past.stream) == (0, 0.5, 2.0, 4)
@@ -212,9 +259,11 @@ def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From 120 to 280 images nothing can be made durable; training goes on, and later checkpoints are there."""
-    step = vgan.train.train_step
+    step = vgan.training.train.train_step
 
     def on_a_full_disk(*arguments: Any) -> Any:
         nimg = int(arguments[5].index[0])
@@ -222,7 +271,7 @@ def test_a_full_disk_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return step(*arguments)
 
     fsync = os.fsync
-    monkeypatch.setattr(vgan.train, "train_step", on_a_full_disk)
+    monkeypatch.setattr(vgan.training.train, "train_step", on_a_full_disk)
     train_in_process(tmp_path / "r", "keep_checkpoints=99")
     out = capsys.readouterr().out
     assert out.count("cannot be written (No space left on device)") >= 3
@@ -230,14 +279,18 @@ def test_a_full_disk_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert set(written) >= {40, 80, 320, 360, 400}
     assert not set(written) & {160, 200, 240}
     assert not list((tmp_path / "r").glob(".*tmp"))
-    monkeypatch.setattr(vgan.train, "train_step", step)
+    monkeypatch.setattr(vgan.training.train, "train_step", step)
     train_in_process(tmp_path / "good", "keep_checkpoints=99")
     assert_same_run(tmp_path / "r", tmp_path / "good")
 
 
-def test_a_final_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_final_checkpoint_that_cannot_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"checkpoint-000000400.pt: cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-000000400.pt: cannot be written \(No space left on device\)"
+    ):
         train_in_process(tmp_path / "r")
 
 
@@ -262,7 +315,11 @@ def test_the_oldest_checkpoints_make_room_but_never_the_newest_and_never_in_vain
 
     with pytest.raises(UserError, match="needs 1 MB"):
         with_free(needed - 4 * size)  # the three that may go are not enough
-    assert [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")] == [40, 80, 120]
+    assert [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")] == [
+        40,
+        80,
+        120,
+    ]
     assert rejected.is_file()
     assert with_free(needed - 2 * size) == [80, 120, 160]
     assert not rejected.is_file()
@@ -274,7 +331,9 @@ def checkpoint_bytes(parts: dict[str, Any]) -> int:
     return tensors + tensors // 50 + 1_000_000
 
 
-def test_statistics_wait_for_a_disk_that_takes_them_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_wait_for_a_disk_that_takes_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened, tries = open, []
 
     def refusing(path: Any, *arguments: Any, **named: Any) -> Any:
@@ -284,10 +343,12 @@ def test_statistics_wait_for_a_disk_that_takes_them_again(tmp_path: Path, monkey
                 raise OSError(errno.ENOSPC, "No space left on device")
         return opened(path, *arguments, **named)
 
-    monkeypatch.setattr(vgan.files, "open", refusing, raising=False)
+    monkeypatch.setattr(vgan.runtime.files, "open", refusing, raising=False)
     train_in_process(tmp_path / "r")
     assert len(tries) > 6
-    assert [line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl")] == list(range(40, 401, 40))
+    assert [line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl")] == list(
+        range(40, 401, 40)
+    )
 
 
 def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -308,9 +369,14 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refused", ["flush", "add"])
-def test_curves_are_whole_after_a_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+def test_curves_are_whole_after_a_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
     """TensorBoard reads no further than half an event, so that what waited comes in a file of its own."""
-    step, real = vgan.train.train_step, getattr(vgan.stats.Board, refused)
+    step, real = (
+        vgan.training.train.train_step,
+        getattr(vgan.runs.log_writer.TensorBoardFile, refused),
+    )
 
     def half(board: Any, *_: object) -> None:
         board._file.write(b"half an event")
@@ -318,10 +384,12 @@ def test_curves_are_whole_after_a_disk_was_full(tmp_path: Path, monkeypatch: pyt
 
     def on_a_full_disk(*arguments: Any) -> Any:
         full_now = 120 <= int(arguments[5].index[0]) < 280
-        monkeypatch.setattr(vgan.stats.Board, refused, half if full_now else real)
+        monkeypatch.setattr(
+            vgan.runs.log_writer.TensorBoardFile, refused, half if full_now else real
+        )
         return step(*arguments)
 
-    monkeypatch.setattr(vgan.train, "train_step", on_a_full_disk)
+    monkeypatch.setattr(vgan.training.train, "train_step", on_a_full_disk)
     train_in_process(tmp_path / "r")
     found = EventAccumulator(str(tmp_path / "r"), {"scalars": 0})
     found.Reload()
@@ -338,30 +406,40 @@ def test_what_a_kill_left_of_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
     assert not any(path.exists() for path in left)
 
 
-EVALUATED = ["eval_kimg=0.032", "eval.n=20", "eval.metrics=[fid]", "features.train_kimg=0.1", "total_kimg=0.064"]
+EVALUATED = [
+    "eval_kimg=0.032",
+    "eval.n=20",
+    "eval.metrics=[fid]",
+    "features.train_kimg=0.1",
+    "total_kimg=0.064",
+]
 
 
-def test_a_kill_before_an_evaluation_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_an_evaluation_does_not_lose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last one too: its checkpoint is there already, and the run looks complete."""
     train_in_process(tmp_path / "whole", *EVALUATED)
-    evaluate = Judge._evaluate
+    evaluate = PeriodicEvaluation._evaluate
 
     for reached in (32, 64):
 
-        def killed(judge: Judge, cur_nimg: int, parts: Any, at: int = reached) -> Any:
+        def killed(judge: PeriodicEvaluation, cur_nimg: int, parts: Any, at: int = reached) -> Any:
             if cur_nimg == at:
                 raise KeyboardInterrupt
             return evaluate(judge, cur_nimg, parts)
 
-        monkeypatch.setattr(Judge, "_evaluate", killed)
+        monkeypatch.setattr(PeriodicEvaluation, "_evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             train_in_process(tmp_path / "r", *EVALUATED)
-    monkeypatch.setattr(Judge, "_evaluate", evaluate)
+    monkeypatch.setattr(PeriodicEvaluation, "_evaluate", evaluate)
     train_in_process(tmp_path / "r", *EVALUATED)
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     train_in_process(tmp_path / "r", *EVALUATED)  # and once is enough
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
-    assert lines_of(tmp_path / "r" / "metrics.jsonl") == lines_of(tmp_path / "whole" / "metrics.jsonl")
+    assert lines_of(tmp_path / "r" / "metrics.jsonl") == lines_of(
+        tmp_path / "whole" / "metrics.jsonl"
+    )
     assert_same_run(tmp_path / "whole", tmp_path / "r")
     assert (tmp_path / "r" / "best.pt").is_file()
 
@@ -372,13 +450,15 @@ def test_an_evaluation_that_finds_no_memory_costs_no_run(
     def cramped(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Judge, "_evaluate", cramped)
+    monkeypatch.setattr(PeriodicEvaluation, "_evaluate", cramped)
     train_in_process(tmp_path / "r", *EVALUATED)
     assert "no evaluation at 32 images, training goes on (out of memory)" in capsys.readouterr().out
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 64
 
 
-def test_the_end_is_judged_by_the_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_is_judged_by_the_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by best.pt, which comes after it."""
     real = checkpoint.save
     refused = "checkpoint-000000064.pt"
@@ -394,7 +474,10 @@ def test_the_end_is_judged_by_the_newest_checkpoint(tmp_path: Path, monkeypatch:
     assert (tmp_path / "final" / "best.pt").is_file()
     refused = "best.pt"
     train_in_process(tmp_path / "best", *EVALUATED)
-    assert [line["best"] for line in lines_of(tmp_path / "best" / "metrics.jsonl")] == [None, None]  # none is on the disk
+    assert [line["best"] for line in lines_of(tmp_path / "best" / "metrics.jsonl")] == [
+        None,
+        None,
+    ]  # none is on the disk
     assert checkpoint.find(tmp_path / "best").name == "checkpoint-000000064.pt"
 
 
@@ -402,7 +485,9 @@ def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
     train_in_process(tmp_path / "r", "total_kimg=0.008")
     writer = CheckpointWriter(9, print)
     before = writer.last_s
-    assert writer.write(tmp_path / "r" / "best.pt", checkpoint.load(checkpoint.find(tmp_path / "r")))
+    assert writer.write(
+        tmp_path / "r" / "best.pt", checkpoint.load(checkpoint.find(tmp_path / "r"))
+    )
     assert writer.last_s == before
     assert (tmp_path / "r" / "best.pt").is_file()
     writer.close()
@@ -410,9 +495,20 @@ def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_log_on_a_full_disk_costs_no_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from vgan.cli import train_main; train_main()", *TINY, "total_kimg=0.08"]
+    command = [
+        sys.executable,
+        "-c",
+        "from vgan.cli import train_main; train_main()",
+        *TINY,
+        "total_kimg=0.08",
+    ]
     with open("/dev/full", "w") as log:
-        assert subprocess.run([*command, f"run_dir={tmp_path / 'r'}"], stdout=log, stderr=log, timeout=120).returncode == 0
+        assert (
+            subprocess.run(
+                [*command, f"run_dir={tmp_path / 'r'}"], stdout=log, stderr=log, timeout=120
+            ).returncode
+            == 0
+        )
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 80
 
 
@@ -425,7 +521,9 @@ def hold(folder: Path, held: Any, let_go: Any) -> None:
         let_go.wait(60)
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not_in_the_way(tmp_path: Path) -> None:
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not_in_the_way(
+    tmp_path: Path,
+) -> None:
     context = multiprocessing.get_context("spawn")
     held, let_go = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path / "r", held, let_go))
@@ -450,7 +548,10 @@ def test_a_file_system_without_locks_is_said_and_leaves_none(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):
-        with own_folder(tmp_path / "r"), own_folder(tmp_path / "r"):  # the second is one that a kill left behind
+        with (
+            own_folder(tmp_path / "r"),
+            own_folder(tmp_path / "r"),
+        ):  # the second is one that a kill left behind
             assert "its file system has no locks" in capsys.readouterr().out
 
 
@@ -469,7 +570,7 @@ def test_a_batch_in_parts_is_the_same_batch(tmp_path: Path) -> None:
 def test_out_of_memory_splits_the_batch_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], half: str
 ) -> None:
-    import vgan.run
+    import vgan.training.setup
 
     def cramped(forward: Any) -> Any:
         def limited(*arguments: Any) -> Any:
@@ -479,9 +580,13 @@ def test_out_of_memory_splits_the_batch_with_the_same_result(
 
         return limited
 
-    recipe = vgan.run.Recipe
+    recipe = vgan.training.setup.Objective
     train_in_process(tmp_path / "whole", "precision=fp32", "total_kimg=0.04")
-    monkeypatch.setattr(vgan.run, "Recipe", lambda *a: recipe(*a, **{half: cramped(getattr(vgan.steps, half))}))
+    monkeypatch.setattr(
+        vgan.training.setup,
+        "Objective",
+        lambda *a: recipe(*a, **{half: cramped(getattr(vgan.training.step, half))}),
+    )
     train_in_process(tmp_path / "r", "precision=fp32", "total_kimg=0.04")
     out = capsys.readouterr().out
     assert "out of memory: batches of 8 now go through in parts of 4" in out
@@ -517,7 +622,11 @@ def test_grids_and_comparisons_that_find_no_memory_are_left_out(
     def cramped(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    for owner, name in ((Pictures, "fakes"), (Pictures, "diversity"), (Unseen, "__call__")):
+    for owner, name in (
+        (SampleGrid, "fakes"),
+        (SampleGrid, "diversity"),
+        (HoldoutLogits, "__call__"),
+    ):
         monkeypatch.setattr(owner, name, cramped)
     train_in_process(tmp_path / "r", "holdout=16")
     out = capsys.readouterr().out

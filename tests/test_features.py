@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from vgan import features
 from vgan.data.folder import Folder
+from vgan.data.packed import pack
 from vgan.data.shapes import Shapes
 from vgan.data.source import Dataset
-from vgan.data.store import pack
-from vgan.errors import UserError
-from vgan.features import Inception, Learned
+from vgan.evaluation import features
+from vgan.evaluation.features import ClassifierFeatures, Inception
+from vgan.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -26,8 +26,10 @@ def cpu() -> torch.device:
     return torch.device("cpu")
 
 
-def test_learned_features_are_white_on_the_reals(shapes: Dataset, cpu: torch.device, tmp_path: Path) -> None:
-    extractor = Learned(train_kimg=1, widths=(16, 8))
+def test_learned_features_are_white_on_the_reals(
+    shapes: Dataset, cpu: torch.device, tmp_path: Path
+) -> None:
+    extractor = ClassifierFeatures(train_kimg=1, widths=(16, 8))
     before = torch.random.get_rng_state()
     extractor.prepare(shapes, cpu, tmp_path)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -45,13 +47,17 @@ def test_learned_features_are_white_on_the_reals(shapes: Dataset, cpu: torch.dev
 
 
 def test_learned_learns(shapes: Dataset, cpu: torch.device, tmp_path: Path) -> None:
-    extractor = Learned(train_kimg=6, widths=(32, 24))
+    extractor = ClassifierFeatures(train_kimg=6, widths=(32, 24))
     extractor.prepare(shapes, cpu, tmp_path)
     assert extractor.accuracy > 0.25  # by chance: 0.125
 
 
-def test_learned_is_kept(shapes: Dataset, cpu: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second, other = (Learned(train_kimg=k, widths=(16, 8)) for k in (0.2, 0.2, 0.3))
+def test_learned_is_kept(
+    shapes: Dataset, cpu: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, other = (
+        ClassifierFeatures(train_kimg=k, widths=(16, 8)) for k in (0.2, 0.2, 0.3)
+    )
     for extractor in (first, second, other):
         extractor.prepare(shapes, cpu, tmp_path)
     assert first.protocol == second.protocol != other.protocol
@@ -60,12 +66,14 @@ def test_learned_is_kept(shapes: Dataset, cpu: torch.device, tmp_path: Path, cap
     for path in tmp_path.glob("features-*.pt"):
         path.write_bytes(path.read_bytes()[:-900])
     with pytest.raises(UserError, match=r"damaged cache; delete this file"):
-        Learned(train_kimg=0.2, widths=(16, 8)).prepare(shapes, cpu, tmp_path)
+        ClassifierFeatures(train_kimg=0.2, widths=(16, 8)).prepare(shapes, cpu, tmp_path)
 
 
-def test_learned_without_classes_tells_turns_apart(pictures_npy: Path, cpu: torch.device, tmp_path: Path) -> None:
+def test_learned_without_classes_tells_turns_apart(
+    pictures_npy: Path, cpu: torch.device, tmp_path: Path
+) -> None:
     dataset = pack(Folder(str(pictures_npy), 16, labels="none"), tmp_path)
-    extractor = Learned(train_kimg=0.2, widths=(16, 8))
+    extractor = ClassifierFeatures(train_kimg=0.2, widths=(16, 8))
     extractor.prepare(dataset, cpu, tmp_path)
     assert extractor(torch.zeros(3, 3, 16, 16, dtype=torch.uint8))[1].shape == (3, 4)  # type: ignore[union-attr]
     assert "quarter turns" in extractor.protocol
@@ -90,30 +98,41 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+            lambda *_, **__: None,
+        )
         network = FeatureExtractorInceptionV3("inception", ["2048"])
     torch.save(network.state_dict(), path)
     return path
 
 
 def test_inception_of_another_file_is_refused(inception_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not the Inception weights of FID .sha256 \w{8}, not 6726825d"):
+    with pytest.raises(
+        UserError, match=r"not the Inception weights of FID .sha256 \w{8}, not 6726825d"
+    ):
         Inception(str(inception_file))
     with pytest.raises(UserError, match=r"features.weights=.*nowhere.*cannot be read"):
         Inception(str(tmp_path / "nowhere"))
 
 
-def test_inception_from_a_file(inception_file: Path, monkeypatch: pytest.MonkeyPatch, cpu: torch.device) -> None:
+def test_inception_from_a_file(
+    inception_file: Path, monkeypatch: pytest.MonkeyPatch, cpu: torch.device
+) -> None:
     digest = features._digest(inception_file.read_bytes())[:8]
     monkeypatch.setattr(features, "INCEPTION_SHA256", digest)
     extractor = Inception(str(inception_file)).to(cpu)
     colour = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     rows, logits = extractor(colour)
-    reference = FeatureExtractorInceptionV3("i", ["2048", "logits_unbiased"], str(inception_file))(colour)
+    reference = FeatureExtractorInceptionV3("i", ["2048", "logits_unbiased"], str(inception_file))(
+        colour
+    )
     assert torch.equal(rows, reference[0])
     assert torch.equal(logits, reference[1])
     assert digest in extractor.protocol
-    assert torch.equal(extractor(colour[:, :1])[0], extractor(colour[:, :1].repeat(1, 3, 1, 1))[0])  # grey in all channels
+    assert torch.equal(
+        extractor(colour[:, :1])[0], extractor(colour[:, :1].repeat(1, 3, 1, 1))[0]
+    )  # grey in all channels
 
 
 def test_inception_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,11 +141,15 @@ def test_inception_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=r"cannot be had .Name or.*features.weights=PATH, or use features=learned"):
+    with pytest.raises(
+        UserError, match=r"cannot be had .Name or.*features.weights=PATH, or use features=learned"
+    ):
         Inception()
 
 
 def test_inception_without_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(UserError, match=r"needs torch-fidelity; pip install vgan\[eval\], or use features=learned"):
+    with pytest.raises(
+        UserError, match=r"needs torch-fidelity; pip install vgan\[eval\], or use features=learned"
+    ):
         Inception()

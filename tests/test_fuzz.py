@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from runs import TINY, train_in_process
 
-import vgan.train
-from vgan import checkpoint, cli, load_generator
+import vgan.training.train
+from vgan import cli, load_generator
 from vgan.config import TrainConfig, explained_keys
 from vgan.data.folder import Folder
+from vgan.data.packed import pack
 from vgan.data.source import MOST_BYTES
-from vgan.data.store import pack
-from vgan.errors import UserError
+from vgan.runs import checkpoint
+from vgan.runtime.errors import UserError
 
 MOST_S, MOST_GB = 5.0, 1.0
 few_and_many = pytest.mark.parametrize("cases", [60, pytest.param(1700, marks=pytest.mark.soak)])
@@ -44,7 +45,9 @@ class Limits:
             return 0.0
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e9 if sys.platform == "darwin" else 1e6
+        )
 
     def check(self, case: int) -> None:
         now = time.monotonic()
@@ -77,22 +80,32 @@ def test_checkpoints(tmp_path: Path, cases: int) -> None:
 
 
 @pytest.mark.parametrize("cases", [40, pytest.param(400, marks=pytest.mark.soak)])
-def test_whatever_a_run_may_hold_comes_back_and_one_wrong_bit_is_seen(tmp_path: Path, cases: int) -> None:
+def test_whatever_a_run_may_hold_comes_back_and_one_wrong_bit_is_seen(
+    tmp_path: Path, cases: int
+) -> None:
     base: dict[str, Any] = {name: {} for name in checkpoint._PARTS - {"format"}}
 
     @settings(
-        max_examples=cases, deadline=1000 * MOST_S, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=cases,
+        deadline=1000 * MOST_S,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(tree=fuzz.TREES, where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
     def holds(tree: Any, where: float, bit: int) -> None:
         path = checkpoint.path_at(tmp_path, 1)
         checkpoint.save(path, {**base, "G": tree}, keep=1)
-        assert checkpoint.digest({"G": checkpoint.load(path)["G"]}) == checkpoint.digest({"G": tree})
+        assert checkpoint.digest({"G": checkpoint.load(path)["G"]}) == checkpoint.digest(
+            {"G": tree}
+        )
         content = bytearray(path.read_bytes())
         content[int(where * len(content))] ^= 1 << bit
         path.write_bytes(content)
         try:  # a bit that no reader looks at (padding, a time) may be wrong; what is read may not
-            assert checkpoint.digest({"G": checkpoint.load(path)["G"]}) == checkpoint.digest({"G": tree})
+            assert checkpoint.digest({"G": checkpoint.load(path)["G"]}) == checkpoint.digest(
+                {"G": tree}
+            )
         except checkpoint.Damaged:
             return
 
@@ -108,7 +121,9 @@ def test_pictures(tmp_path: Path, cases: int) -> None:
         for case in range(first, first + 20):
             rng = random.Random(case)
             content = fuzz.picture(rng)
-            (folder / f"{case}.png").write_bytes(fuzz.damaged(content, rng) if case % 5 else content)
+            (folder / f"{case}.png").write_bytes(
+                fuzz.damaged(content, rng) if case % 5 else content
+            )
         for skip_bad in (False, True):
             try:
                 data = pack(Folder(str(folder), 16, skip_bad=skip_bad), tmp_path / "cache")
@@ -122,19 +137,35 @@ def test_pictures(tmp_path: Path, cases: int) -> None:
 
 
 @few_and_many
-def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cases: int) -> None:
+def test_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cases: int
+) -> None:
     """Everything before the first step, for random overrides of random keys."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vgan.train, "loop", lambda *_: None)
-    keys = [k for k, _ in explained_keys(TrainConfig)] + ["data.resolution", "data.size", "loss.gamma.start", "optim.lr_G.end"]
-    keys += ["size", "model", "augment", "model.generator._target_", "model.discriminator.logits_px", "optim.optimizer.eps", ""]
+    monkeypatch.setattr(vgan.training.train, "loop", lambda *_: None)
+    keys = [k for k, _ in explained_keys(TrainConfig)] + [
+        "data.resolution",
+        "data.size",
+        "loss.gamma.start",
+        "optim.lr_G.end",
+    ]
+    keys += [
+        "size",
+        "model",
+        "augment",
+        "model.generator._target_",
+        "model.discriminator.logits_px",
+        "optim.optimizer.eps",
+        "",
+    ]
     values = ["0", "1", "-1", "2", "3", "8", "0.5", "17", "1e9", "nan", "inf", "null", "true", "[]", "[1,2]", "{}", "{a:1}",
               "abc", "''", "${seed}", "${oc.env:HOME}", "os.system", "\x00", "ü", "1e-9", "=", "fp16", "auto", "??"]  # fmt: skip
     limits, accepted = Limits(), 0
     for case in range(cases):
         rng = random.Random(case)
         chosen = [
-            f"{rng.choice([''] * 9 + ['+', '~', '++'])}{rng.choice(keys)}={rng.choice(values)}" for _ in range(rng.randint(1, 2))
+            f"{rng.choice([''] * 9 + ['+', '~', '++'])}{rng.choice(keys)}={rng.choice(values)}"
+            for _ in range(rng.randint(1, 2))
         ]
         if any(c.startswith(("device=", "threads=", "data.size=1e9", "size=l")) for c in chosen):
             continue
@@ -145,7 +176,10 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         except SystemExit as e:
             if e.code:
                 lines = capsys.readouterr().err.strip().splitlines()
-                assert len([line for line in lines if line.startswith("vgan-train: ")]) == 1, (chosen, lines)
+                assert len([line for line in lines if line.startswith("vgan-train: ")]) == 1, (
+                    chosen,
+                    lines,
+                )
         capsys.readouterr()
         limits.check(case)
     assert accepted > 0
@@ -176,7 +210,10 @@ def test_single_bad_pictures_are_named(tmp_path: Path, kind: str) -> None:
         if kind == "bomb":
             archive.writestr("bad.png", b"\x00" * (MOST_BYTES + 1))
         elif kind == "postscript":  # Pillow would hand it to Ghostscript
-            archive.writestr("bad.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+            archive.writestr(
+                "bad.png",
+                b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+            )
         elif kind == "huge":
             archive.writestr("bad.png", b"P6 30000 30000 255\n")
         else:
@@ -214,7 +251,12 @@ def test_a_damaged_cache_is_named(tmp_path: Path, name: str, content: bytes) -> 
 def test_a_checkpoint_that_describes_a_giant_takes_no_memory(tmp_path: Path) -> None:
     train_in_process(tmp_path / "r", "total_kimg=0.04")
     parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
-    giants: list[tuple[str, Any]] = [("blocks", 10**9), ("widths", [80_000] * 3), ("z_dim", 10**6), ("embed_dim", 10**6)]
+    giants: list[tuple[str, Any]] = [
+        ("blocks", 10**9),
+        ("widths", [80_000] * 3),
+        ("z_dim", 10**6),
+        ("embed_dim", 10**6),
+    ]
     limits = Limits()
     for i, (name, number) in enumerate(giants):
         generator = {**parts["config"]["model"]["generator"], name: number}

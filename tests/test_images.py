@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vgan.errors import UserError
-from vgan.files import PngWriter, write_png
-from vgan.images import enlarge, grid, to_float, to_uint8
+from vgan.runtime.errors import UserError
+from vgan.runtime.files import PngWriter, write_png
+from vgan.runtime.images import enlarge, grid, to_float, to_uint8
 
 
 def test_uint8_round_trip_and_clipping() -> None:

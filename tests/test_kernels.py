@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton has no package for this system")
 AGAINST_TORCH = """
 import torch
 import torch.nn.functional as F
-from vgan.kernels import activated_depthwise
+from vgan.models.triton_kernels import activated_depthwise
 from vgan.models.layers import BiasLeakyReLU, LEAK, ResidualBlock, fuse_depthwise
 
 def relative(a, b):
@@ -58,7 +58,7 @@ FOR_HOPPER = """
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from vgan import kernels
+from vgan.models import triton_kernels as kernels
 
 for kernel in (kernels._forward_kernel, kernels._backward_kernel):
     for pairs in (False, True):
@@ -80,6 +80,8 @@ print("compiled")
 @pytest.mark.parametrize(("code", "interpret"), [(AGAINST_TORCH, "1"), (FOR_HOPPER, "0")])
 def test_operator(code: str, interpret: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": interpret}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("as plain torch", "compiled")

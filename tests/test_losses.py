@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vgan.losses import LOSSES
+from vgan.training.losses import LOSSES
 
 R, F = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 1.0]])
 
@@ -13,7 +13,10 @@ def softplus(x: float) -> float:
 
 
 EXPECTED = {
-    "rpgan": ((softplus(0.5 - 2) + softplus(1 + 1)) / 2, (softplus(2 - 0.5) + softplus(-1 - 1)) / 2),
+    "rpgan": (
+        (softplus(0.5 - 2) + softplus(1 + 1)) / 2,
+        (softplus(2 - 0.5) + softplus(-1 - 1)) / 2,
+    ),
     "nonsaturating": (
         (softplus(-2) + softplus(1)) / 2 + (softplus(0.5) + softplus(1)) / 2,
         (softplus(-0.5) + softplus(-1)) / 2,
@@ -36,5 +39,9 @@ def test_the_players_pull_a_fakes_logit_apart(name: str) -> None:
     d_loss, g_loss = LOSSES[name]
     fake = torch.zeros(1, 1, 2, 2, requires_grad=True)
     real = torch.zeros_like(fake)
-    assert (torch.autograd.grad(d_loss(real, fake), fake)[0] > 0 if name != "lsgan" else torch.tensor(True)).all()
+    assert (
+        torch.autograd.grad(d_loss(real, fake), fake)[0] > 0
+        if name != "lsgan"
+        else torch.tensor(True)
+    ).all()
     assert (torch.autograd.grad(g_loss(real, fake), fake)[0] < 0).all()

@@ -7,7 +7,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from vgan.metrics import (
+from vgan.evaluation.metrics import (
     Moments,
     frechet_distance,
     inception_score,
@@ -33,7 +33,9 @@ def test_frechet_distance_of_two_gaussians_is_the_formula() -> None:
     # commuting covariances: the distance is sum (sqrt(a) - sqrt(b))^2 plus that of the means
     a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 4.0, 1.0]).double()
     mean = torch.tensor([1.0, 0.0, -2.0]).double()
-    value = frechet_distance(Moments(torch.zeros(3).double(), a.diag(), 10), Moments(mean, b.diag(), 10))
+    value = frechet_distance(
+        Moments(torch.zeros(3).double(), a.diag(), 10), Moments(mean, b.diag(), 10)
+    )
     assert value == pytest.approx(5 + 1 + 0 + 4)
 
 
@@ -48,7 +50,9 @@ def test_against_torch_fidelity(fake: torch.Tensor, real: torch.Tensor) -> None:
     assert frechet_distance(moments(fake), moments(real)) == pytest.approx(fid, rel=1e-6)
 
     kid = kid_features_to_metric(fake, real, kid_subsets=1, kid_subset_size=300, verbose=False)
-    assert kernel_distance(fake, real).value == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-4)
+    assert kernel_distance(fake, real).value == pytest.approx(
+        kid["kernel_inception_distance_mean"], rel=1e-4
+    )
 
     isc = isc_features_to_metric(fake, splits=10, shuffle=False)["inception_score_mean"]
     assert inception_score(fake).value == pytest.approx(isc, rel=1e-6)
@@ -83,7 +87,11 @@ def test_precision_and_recall_see_collapse_and_strangers(real: torch.Tensor) -> 
 
 
 def test_nearest_and_pairwise_distance() -> None:
-    similarity, which = nearest(torch.tensor([[0.0, 3.0], [2.0, 2.1]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    similarity, which = nearest(
+        torch.tensor([[0.0, 3.0], [2.0, 2.1]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    )
     assert which.tolist() == [[1], [1]]
     assert similarity[:, 0].tolist() == [pytest.approx(1), pytest.approx(2.1 / math.hypot(2, 2.1))]
-    assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])) == pytest.approx(10 / 3)
+    assert mean_pairwise_distance(
+        torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    ) == pytest.approx(10 / 3)

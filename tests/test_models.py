@@ -42,7 +42,9 @@ def test_self_attention_is_softmax_over_positions() -> None:
     layer = SelfAttention2d(8, 5, num_heads=2).double()
     x = torch.randn(1, 8, 3, 4, dtype=torch.float64)
     q, k, v = layer.to_qkv(x).flatten(2)[0].view(3, 2, 4, 12)  # (3, heads, d, positions)
-    q, k = (t / (t.square().mean(1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k))
+    q, k = (
+        t / (t.square().mean(1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k)
+    )
     weights = torch.softmax(torch.einsum("hdi,hdj->hij", q, k) / 4**0.5, dim=-1)
     mixed = torch.einsum("hij,hdj->hdi", weights, v).reshape(1, 8, 3, 4)
     assert torch.allclose(layer(x), layer.to_out(mixed))
@@ -79,7 +81,9 @@ def test_upsampling_keeps_a_constant_and_passes_no_checkerboard() -> None:
     assert torch.allclose(upsample2x(torch.ones(1, 2, 4, 4)), torch.ones(1, 2, 8, 8))
     impulse = torch.zeros(1, 1, 5, 5)
     impulse[0, 0, 2, 2] = 1
-    assert torch.allclose(upsample2x(impulse)[0, 0, 4, 3:7] * 16 / 3, torch.tensor([1.0, 3.0, 3.0, 1.0]))
+    assert torch.allclose(
+        upsample2x(impulse)[0, 0, 4, 3:7] * 16 / 3, torch.tensor([1.0, 3.0, 3.0, 1.0])
+    )
 
 
 @pytest.mark.parametrize(("patch_px", "grid"), [(16, 16), (20, 8), (32, 4)])
@@ -103,14 +107,19 @@ def test_whole_image_receptive_field_and_single_logit() -> None:
     D = Discriminator(32, WIDTHS, logits_px=1)
     assert D(torch.randn(2, 3, 32, 32)).shape == (2, 1, 1, 1)
     assert D.receptive_field_px > 32
-    assert Discriminator(32, WIDTHS)(torch.randn(1, 3, 64, 48)).shape == (1, 1, 8, 6)  # fully convolutional
+    assert Discriminator(32, WIDTHS)(torch.randn(1, 3, 64, 48)).shape == (
+        1,
+        1,
+        8,
+        6,
+    )  # fully convolutional
 
 
-@pytest.mark.parametrize("pixel_block", [1, 2, 4])
-def test_pixel_blocks_give_the_same_picture_and_grid_with_fewer_stages(pixel_block: int) -> None:
-    G = Generator(8, 32, WIDTHS, pixel_block=pixel_block)
-    D = Discriminator(32, WIDTHS, pixel_block=pixel_block)
-    assert len(G.stages) == len(D.stages) == 4 - [1, 2, 4].index(pixel_block)
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_pixel_blocks_give_the_same_picture_and_grid_with_fewer_stages(patch_size: int) -> None:
+    G = Generator(8, 32, WIDTHS, patch_size=patch_size)
+    D = Discriminator(32, WIDTHS, patch_size=patch_size)
+    assert len(G.stages) == len(D.stages) == 4 - [1, 2, 4].index(patch_size)
     images = G(torch.randn(2, 8))
     assert images.shape == (2, 3, 32, 32)
     assert D(images).shape == (2, 1, 4, 4)
@@ -162,7 +171,9 @@ def test_generator_refuses(kw: dict[str, object], message: str) -> None:
         Generator(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("kw", "message"), [({"patch_px": 8}, "patch_px=8"), ({"logits_px": 2}, "logits_px=2")])
+@pytest.mark.parametrize(
+    ("kw", "message"), [({"patch_px": 8}, "patch_px=8"), ({"logits_px": 2}, "logits_px=2")]
+)
 def test_discriminator_refuses(kw: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Discriminator(32, WIDTHS, **kw)  # type: ignore[arg-type]
@@ -182,14 +193,20 @@ def test_backward_of_upsampling_is_the_same_for_the_compiler(generator: torch.Ge
     for y in (upsample2x(x), compiled(x)):
         assert torch.allclose(y[0, 0, 2, 0], 0.25 * x[0, 0, 0, 0] + 0.75 * x[0, 0, 1, 0])
         (result,) = torch.autograd.grad(y, x, grad)
-        (expected,) = torch.autograd.grad(torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear"), x, grad)
+        (expected,) = torch.autograd.grad(
+            torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear"), x, grad
+        )
         assert torch.allclose(result, expected)
 
 
 @pytest.mark.parametrize("attention", ["self", "adaptive"])
 def test_under_autocast_every_layer_works_in_bf16_and_channels_last(attention: str) -> None:
-    G = Generator(16, 32, [64, 32, 16, 8], label_dim=3, attention=attention, blocks=2).to(memory_format=torch.channels_last)
-    D = Discriminator(32, [64, 32, 16, 8], label_dim=3, blocks=2).to(memory_format=torch.channels_last)
+    G = Generator(16, 32, [64, 32, 16, 8], label_dim=3, attention=attention, blocks=2).to(
+        memory_format=torch.channels_last
+    )
+    D = Discriminator(32, [64, 32, 16, 8], label_dim=3, blocks=2).to(
+        memory_format=torch.channels_last
+    )
     seen = []
 
     def check(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -198,7 +215,12 @@ def test_under_autocast_every_layer_works_in_bf16_and_channels_last(attention: s
             assert x.dtype == torch.bfloat16
             assert x.is_contiguous(memory_format=torch.channels_last)
 
-    layers = [m for net in (G, D) for m in net.modules() if isinstance(m, (torch.nn.Conv2d, BiasLeakyReLU, SelfAttention2d))]
+    layers = [
+        m
+        for net in (G, D)
+        for m in net.modules()
+        if isinstance(m, (torch.nn.Conv2d, BiasLeakyReLU, SelfAttention2d))
+    ]
     layers = [m for m in layers if m not in (D.to_logit,)]  # its bias is added apart, in float32
     for layer in layers:
         layer.register_forward_hook(check)
@@ -217,14 +239,23 @@ def test_attention_fits_every_width() -> None:
     assert [SelfAttention2d(c, c).num_heads for c in (96, 256, 384, 512)] == [1, 4, 6, 8]
 
 
-def test_recomputed_features_give_the_same_gradients() -> None:
+def test_checkpointed_features_give_the_same_gradients() -> None:
     grads = []
-    for recompute in (False, True):
+    for gradient_checkpointing in (False, True):
         torch.manual_seed(0)
         G = Generator(
-            8, 16, [8, 16, 8], label_dim=2, blocks=2, attention="adaptive", attention_resolutions=[8], recompute=recompute
+            8,
+            16,
+            [8, 16, 8],
+            label_dim=2,
+            blocks=2,
+            attention="adaptive",
+            attention_resolutions=[8],
+            gradient_checkpointing=gradient_checkpointing,
         )
-        D = Discriminator(16, [8, 16, 8], label_dim=2, blocks=2, recompute=recompute)
+        D = Discriminator(
+            16, [8, 16, 8], label_dim=2, blocks=2, gradient_checkpointing=gradient_checkpointing
+        )
         c = torch.eye(2)
         logits, slopes = D.jvp(G(torch.ones(2, 8), c), c, torch.ones(2, 3, 16, 16))
         (logits.mean() + slopes.square().mean()).backward()

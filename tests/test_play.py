@@ -22,17 +22,24 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from runs import TINY, train_in_process
 from test_cli import Cli, message
 
-from vgan import checkpoint, cli, play, static_page
-from vgan.attention import look
+from vgan import cli
+from vgan.apps import page as play
+from vgan.apps import static_page
+from vgan.apps.demo import PageBackend, application
 from vgan.config import CONFIG_DIR
-from vgan.demo import Artist, application
-from vgan.drawing import draw, latents, restore_generator
-from vgan.errors import UserError
-from vgan.export import export
-from vgan.motion import lerp, slerp
+from vgan.inference.attention_maps import look
+from vgan.inference.export import export
+from vgan.inference.latents import lerp, slerp
+from vgan.inference.load import draw, latents, restore_generator
+from vgan.runs import checkpoint
+from vgan.runtime.errors import UserError
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-assert CHROMIUM or "VGAN_BROWSER" not in os.environ, "VGAN_BROWSER asks for Chromium, which is not installed"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+assert CHROMIUM or "VGAN_BROWSER" not in os.environ, (
+    "VGAN_BROWSER asks for Chromium, which is not installed"
+)
 WITHOUT_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
@@ -60,20 +67,24 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artist(ckpt: Path) -> Artist:
-    return Artist(restore_generator(checkpoint.load(ckpt), torch.device("cpu")), seed=3, precision="fp32")
+def artist(ckpt: Path) -> PageBackend:
+    return PageBackend(
+        restore_generator(checkpoint.load(ckpt), torch.device("cpu")), seed=3, precision="fp32"
+    )
 
 
-def model_of(artist: Artist, ckpt: Path) -> play.Model:
+def model_of(artist: PageBackend, ckpt: Path) -> play.Model:
     return play.describe(artist.G, ckpt, checkpoint.load(ckpt), artist.attention, batch=8)
 
 
 @contextmanager
-def serving(artist: Artist, ckpt: Path) -> Iterator[str]:
+def serving(artist: PageBackend, ckpt: Path) -> Iterator[str]:
     """The address of a server in a thread of this process."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         app = application(artist, model_of(artist, ckpt), local=True)
-        served = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        served = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=served.run, args=([listening],))
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
@@ -82,7 +93,7 @@ def serving(artist: Artist, ckpt: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(artist: Artist, ckpt: Path) -> Iterator[str]:
+def server(artist: PageBackend, ckpt: Path) -> Iterator[str]:
     with serving(artist, ckpt) as address:
         yield address
 
@@ -136,7 +147,9 @@ def open_page(browser: Browser, errors: list[str]) -> Iterator[Any]:
 
     def open_it(address: str, size: str = "wide", ready: bool = True, **options: Any) -> Page:
         width, height = SIZES[size]
-        page = browser.new_page(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        page = browser.new_page(
+            viewport={"width": width, "height": height}, accept_downloads=True, **options
+        )
         opened.append(page)
         page.on("console", lambda said: errors.append(said.text))
         page.on("pageerror", lambda raised: errors.append(str(raised)))
@@ -186,7 +199,7 @@ def drag(page: Page, a: int, b: int) -> None:
     idle(page)
 
 
-def expected(artist: Artist, *numbers: int, **options: Any) -> np.ndarray:
+def expected(artist: PageBackend, *numbers: int, **options: Any) -> np.ndarray:
     return draw(artist.G, torch.tensor(numbers), 3, **options).permute(0, 2, 3, 1).numpy()
 
 
@@ -201,23 +214,37 @@ class TestPage:
     """In a browser, with both backends."""
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_pictures_are_those_of_vgan_sample(self, address: str, size: str, open_page: Any, artist: Artist) -> None:
+    def test_pictures_are_those_of_vgan_sample(
+        self, address: str, size: str, open_page: Any, artist: PageBackend
+    ) -> None:
         page = open_page(address, size)
         assert page.title() == "<b>mine"
-        assert page.inner_text(".what") == "16 px pictures of 8 classes, after 40 images of training"
+        assert (
+            page.inner_text(".what") == "16 px pictures of 8 classes, after 40 images of training"
+        )
         for i, wanted in zip((0, 9, 15), expected(artist, 0, 9, 15)):
             assert close(pixels(tile(page, i)), wanted)
             assert wanted.std() > 5  # something is in it
-        names = page.locator(".tile").evaluate_all("tiles => tiles.map(t => t.getAttribute('aria-label'))")
-        assert names[:2] + names[-1:] == ["picture 0 circle", "picture 1 square", "picture 15 heart"]
+        names = page.locator(".tile").evaluate_all(
+            "tiles => tiles.map(t => t.getAttribute('aria-label'))"
+        )
+        assert names[:2] + names[-1:] == [
+            "picture 0 circle",
+            "picture 1 square",
+            "picture 15 heart",
+        ]
         assert page.locator(".tile").first.bounding_box()["width"] >= 96
-        assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]  # nothing sticks out
+        assert (
+            page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+        )  # nothing sticks out
         page.click("#new")
         idle(page)
         assert page.input_value("#first") == "16"
         assert close(pixels(tile(page, 3)), expected(artist, 19)[0])
 
-    def test_class_truncation_and_count_act(self, address: str, open_page: Any, artist: Artist) -> None:
+    def test_class_truncation_and_count_act(
+        self, address: str, open_page: Any, artist: PageBackend
+    ) -> None:
         page = open_page(address)
         page.select_option("#label", "7")
         idle(page)
@@ -231,12 +258,14 @@ class TestPage:
         page.fill("#first", "1000000000")
         page.press("#first", "Enter")
         idle(page)
-        assert close(pixels(tile(page, 35)), expected(artist, 1000000035, label=7, truncation=0.3)[0])
+        assert close(
+            pixels(tile(page, 35)), expected(artist, 1000000035, label=7, truncation=0.3)[0]
+        )
         assert page.inner_text("#status") == "Pictures 1000000000 to 1000000035"
 
     @pytest.mark.parametrize("size", SIZES)
     def test_dragging_one_picture_onto_another_opens_the_way_between(
-        self, address: str, size: str, open_page: Any, artist: Artist
+        self, address: str, size: str, open_page: Any, artist: PageBackend
     ) -> None:
         page = open_page(address, size)
         drag(page, 1, 3)
@@ -290,7 +319,9 @@ class TestPage:
         assert page.inner_text("#caption") == "50% 1 square, 50% 3 star"
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_pointing_shows_where_attention_looks(self, address: str, size: str, open_page: Any, artist: Artist) -> None:
+    def test_pointing_shows_where_attention_looks(
+        self, address: str, size: str, open_page: Any, artist: PageBackend
+    ) -> None:
         page = open_page(address, size)
         heat = page.locator(".tile .heat").nth(2)
         page.locator(".tile").nth(2).hover(position={"x": 50, "y": 20})
@@ -299,22 +330,30 @@ class TestPage:
         idle(page)
         frame = page.locator(".tile .frame").nth(2)
         box = frame.bounding_box()
-        frame.hover(position={"x": box["width"] * 0.55, "y": box["height"] * 0.3})  # of 8 x 8: row 2, column 4
+        frame.hover(
+            position={"x": box["width"] * 0.55, "y": box["height"] * 0.3}
+        )  # of 8 x 8: row 2, column 4
         assert heat.is_visible()
-        weights = look(artist.G, *latents(artist.G, torch.tensor([2]), 3))[1][-1].weights[0, 0, 2, 4]
+        weights = look(artist.G, *latents(artist.G, torch.tensor([2]), 3))[1][-1].weights[
+            0, 0, 2, 4
+        ]
         drawn = pixels(heat)
         edge = drawn.shape[0] // 8
         share = (weights / weights.max()).numpy()
         grey = (expected(artist, 2)[0] @ [0.3, 0.59, 0.11]).reshape(8, 2, 8, 2).mean(axis=(1, 3))
         opacity = 0.85 * np.sqrt(share)
         red = (1 - opacity) * 0.55 * grey + opacity * 255 * np.minimum(1, 2.5 * share)
-        shown = drawn[:, :, 0].reshape(8, edge, 8, edge)[:, 16:-16, :, 16:-16].mean(axis=(1, 3))  # inside the frame
+        shown = (
+            drawn[:, :, 0].reshape(8, edge, 8, edge)[:, 16:-16, :, 16:-16].mean(axis=(1, 3))
+        )  # inside the frame
         assert np.corrcoef(shown.ravel(), red.ravel())[0, 1] > 0.9
         assert tuple(drawn[2 * edge, 4 * edge + edge // 2]) == (0x5A, 0xE6, 0xFF)
         page.mouse.move(2, 2)
         assert not heat.is_visible()
 
-    def test_files_are_saved(self, address: str, open_page: Any, artist: Artist, tmp_path: Path) -> None:
+    def test_files_are_saved(
+        self, address: str, open_page: Any, artist: PageBackend, tmp_path: Path
+    ) -> None:
         page = open_page(address)
 
         def save(button: str, name: str) -> np.ndarray:
@@ -338,24 +377,35 @@ class TestPage:
 @pytest.mark.browser
 @WITHOUT_CHROMIUM
 def test_what_went_wrong_is_said_in_one_line(
-    open_page: Any, folder: Path, tmp_path: Path, artist: Artist, ckpt: Path, errors: list[str]
+    open_page: Any, folder: Path, tmp_path: Path, artist: PageBackend, ckpt: Path, errors: list[str]
 ) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "wasm.js").unlink()
     page = open_page(broken.as_uri() + "/index.html", ready=False)
     page.locator("#error").wait_for()
-    assert page.inner_text("#error") == "model.js, runtime.js or wasm.js is missing; keep the files of this folder together"
+    assert (
+        page.inner_text("#error")
+        == "model.js, runtime.js or wasm.js is missing; keep the files of this folder together"
+    )
     page = open_page("about:blank", ready=False)
     page.add_init_script("delete globalThis.WebAssembly")
     page.goto(folder.as_uri() + "/index.html")
     page.locator("#error").wait_for()
-    assert page.inner_text("#error") == "this browser has no WebAssembly; use a current one, or vgan-demo"
+    assert (
+        page.inner_text("#error")
+        == "this browser has no WebAssembly; use a current one, or vgan-demo"
+    )
     with serving(artist, ckpt) as address:
         page = open_page(address)
     page.click("#new")
     page.locator("#error").wait_for()
-    assert page.inner_text("#error") == "vgan-demo does not answer; start it again, then choose New pictures"
-    assert all("ERR_" in said for said in errors)  # of Chromium itself, about the missing file and the missing server
+    assert (
+        page.inner_text("#error")
+        == "vgan-demo does not answer; start it again, then choose New pictures"
+    )
+    assert all(
+        "ERR_" in said for said in errors
+    )  # of Chromium itself, about the missing file and the missing server
     errors.clear()
 
 
@@ -367,20 +417,31 @@ def test_what_went_wrong_is_said_in_one_line(
 def test_a_grey_model_without_classes_or_attention(open_page: Any, tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 1), dtype=np.uint8)
     np.save(tmp_path / "grey.npy", grey)
-    tiny = [o for o in TINY if not o.startswith("data")] + ["data=folder", "data.resolution=16", "total_kimg=0.04"]
+    tiny = [o for o in TINY if not o.startswith("data")] + [
+        "data=folder",
+        "data.resolution=16",
+        "total_kimg=0.04",
+    ]
     train_in_process(tmp_path / "r", f"data.path={tmp_path / 'grey.npy'}", "model=plain", tiny=tiny)
     path = checkpoint.find(tmp_path / "r")
-    artist = Artist(restore_generator(checkpoint.load(path), torch.device("cpu")), seed=3, precision="fp32")
+    artist = PageBackend(
+        restore_generator(checkpoint.load(path), torch.device("cpu")), seed=3, precision="fp32"
+    )
     assert artist.attention is None
     with serving(artist, path) as address:
         page = open_page(address)
         assert close(pixels(tile(page, 7)), expected(artist, 7)[0])
-        assert [page.locator(f"#{name}-box").is_visible() for name in ("label", "attention")] == [False, False]
+        assert [page.locator(f"#{name}-box").is_visible() for name in ("label", "attention")] == [
+            False,
+            False,
+        ]
         drag(page, 1, 3)
         assert page.inner_text("#caption") == "50% 1, 50% 3"
 
 
-def ask(server: str, path: str = "", body: bytes | None = None, **headers: str) -> tuple[int, bytes, Any]:
+def ask(
+    server: str, path: str = "", body: bytes | None = None, **headers: str
+) -> tuple[int, bytes, Any]:
     import urllib.error
     import urllib.request
 
@@ -393,7 +454,7 @@ def ask(server: str, path: str = "", body: bytes | None = None, **headers: str) 
             return e.code, e.read(), e.headers
 
 
-def test_the_server_sends_pixels_and_attention(server: str, artist: Artist) -> None:
+def test_the_server_sends_pixels_and_attention(server: str, artist: PageBackend) -> None:
     z, c = latents(artist.G, torch.tensor([4, 2**53 - 1]), 3)
     status, body, _ = ask(server, "latents", b"[4, 9007199254740991]")
     assert status == 200
@@ -403,7 +464,10 @@ def test_the_server_sends_pixels_and_attention(server: str, artist: Artist) -> N
     assert status == 200
     assert headers["X-Content-Type-Options"] == "nosniff"
     size = 2 * 3 * 16 * 16
-    assert body[:size] == draw(artist.G, torch.tensor([4, 2**53 - 1]), 3).contiguous().numpy().tobytes()
+    assert (
+        body[:size]
+        == draw(artist.G, torch.tensor([4, 2**53 - 1]), 3).contiguous().numpy().tobytes()
+    )
     rows = np.frombuffer(body[size:], np.uint8).reshape(2, artist.attention[0], 64, 64)  # type: ignore[index]
     assert (rows.max(axis=3) == 255).all()
     assert ask(server, "draw?n=2", values)[1] == body[:size]
@@ -423,11 +487,23 @@ def test_the_server_sends_pixels_and_attention(server: str, artist: Artist) -> N
         ("draw?n=1", b"\0" * 289, {}, "body: must have at most 288 bytes"),
         ("draw?n=1", np.full(72, np.nan, "<f4").tobytes(), {}, "body: every number must be finite"),
         ("", None, {"Host": "[::1"}, "Host: this vgan-demo answers"),
-        ("", None, {"Host": "evil.example"}, "Host: this vgan-demo answers to 127.0.0.1 and localhost only"),
-        ("latents", b"[1]", {"Origin": "http://evil.example"}, "Origin: another site's page may not ask"),
+        (
+            "",
+            None,
+            {"Host": "evil.example"},
+            "Host: this vgan-demo answers to 127.0.0.1 and localhost only",
+        ),
+        (
+            "latents",
+            b"[1]",
+            {"Origin": "http://evil.example"},
+            "Origin: another site's page may not ask",
+        ),
     ],
 )
-def test_the_server_refuses_in_one_line(server: str, path: str, body: bytes | None, headers: dict[str, str], says: str) -> None:
+def test_the_server_refuses_in_one_line(
+    server: str, path: str, body: bytes | None, headers: dict[str, str], says: str
+) -> None:
     status, answer, _ = ask(server, path, body, **headers)
     assert status == 400
     assert answer.decode().startswith(says)
@@ -446,7 +522,7 @@ def test_the_page_is_closed_to_all_but_its_own(server: str) -> None:
     assert not re.search(r"https?://", page)
 
 
-def test_out_folders(tmp_path: Path, artist: Artist, ckpt: Path) -> None:
+def test_out_folders(tmp_path: Path, artist: PageBackend, ckpt: Path) -> None:
     runtime = tmp_path / "runtime"
     runtime.mkdir()
     with pytest.raises(UserError, match=r"has no ort\.wasm\.min\.js; give the folder dist"):
@@ -465,22 +541,32 @@ def test_out_folders(tmp_path: Path, artist: Artist, ckpt: Path) -> None:
         static_page.write_page(out, model, graphs, runtime)
     with pytest.raises(UserError, match="is not a folder"):
         static_page.write_page(out / "mine.txt", model, graphs, runtime)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["page", "runtime"]  # nothing is left beside
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "page",
+        "runtime",
+    ]  # nothing is left beside
 
 
 def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"runtime=null: needs npm .*; install it .*or give runtime=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"runtime=null: needs npm .*; install it .*or give runtime=FOLDER"
+    ):
         static_page.find_runtime(None, tmp_path / "cache")
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error no network' >&2\nexit 1\n")
     npm.chmod(0o755)
-    with pytest.raises(UserError, match=r"npm could not fetch onnxruntime-web \(npm error no network\); give runtime"):
+    with pytest.raises(
+        UserError,
+        match=r"npm could not fetch onnxruntime-web \(npm error no network\); give runtime",
+    ):
         static_page.find_runtime(None, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_demo_starts_says_where_and_ends_on_ctrl_c(run: Cli, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_starts_says_where_and_ends_on_ctrl_c(
+    run: Cli, ckpt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import signal
 
     def interrupt(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
@@ -489,7 +575,10 @@ def test_demo_starts_says_where_and_ends_on_ctrl_c(run: Cli, ckpt: Path, monkeyp
     monkeypatch.setattr(uvicorn.Server, "run", interrupt)
     code, out, err = run(cli.demo_main, f"ckpt='{ckpt}'", "port=0", "device=cpu")
     assert (code, err) == (0, "")
-    assert re.match(r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.pt\nvgan-demo: ended\n$", out)
+    assert re.match(
+        r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.pt\nvgan-demo: ended\n$",
+        out,
+    )
 
 
 def test_demo_errors_are_one_line(run: Cli, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,9 +586,15 @@ def test_demo_errors_are_one_line(run: Cli, ckpt: Path, monkeypatch: pytest.Monk
         port = taken.getsockname()[1]
         line = message(*run(cli.demo_main, f"ckpt='{ckpt}'", f"port={port}"))
     assert line == f"vgan-demo: port={port}: is in use; give another, or port=0 for any free one"
-    assert "port=70000: must be from 0 to 65535" in message(*run(cli.demo_main, "ckpt=x", "port=70000"))
-    assert "batch_size=65: must be from 1 to 64" in message(*run(cli.demo_main, "ckpt=x", "batch_size=65"))
-    assert "host=nowhere.invalid: no such address" in message(*run(cli.demo_main, "ckpt=x", "host=nowhere.invalid", "port=0"))
+    assert "port=70000: must be from 0 to 65535" in message(
+        *run(cli.demo_main, "ckpt=x", "port=70000")
+    )
+    assert "batch_size=65: must be from 1 to 64" in message(
+        *run(cli.demo_main, "ckpt=x", "batch_size=65")
+    )
+    assert "host=nowhere.invalid: no such address" in message(
+        *run(cli.demo_main, "ckpt=x", "host=nowhere.invalid", "port=0")
+    )
     assert "ckpt=nowhere: no such file" in message(*run(cli.demo_main, "ckpt=nowhere", "port=0"))
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
     assert "pip install vgan[demo]" in message(*run(cli.demo_main, f"ckpt='{ckpt}'", "port=0"))

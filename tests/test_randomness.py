@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vgan import randomness
-from vgan.randomness import Streams, permute
+from vgan.runtime import rng as randomness
+from vgan.runtime.rng import Streams, permute
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,11 @@ def test_an_image_draws_the_same_in_any_batch() -> None:
 
 
 def test_seeds_streams_and_images_differ() -> None:
-    draws = [Streams(1, 0, 1).uniform("a", 8), Streams(2, 0, 1).uniform("a", 8), Streams(1, 0, 1).uniform("b", 8)]
+    draws = [
+        Streams(1, 0, 1).uniform("a", 8),
+        Streams(2, 0, 1).uniform("a", 8),
+        Streams(1, 0, 1).uniform("b", 8),
+    ]
     draws += [Streams(1, 1, 1).uniform("a", 8), Streams(1, 2**32, 1).uniform("a", 8)]
     assert len({tuple(d.flatten().tolist()) for d in draws}) == len(draws)
 

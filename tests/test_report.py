@@ -22,12 +22,18 @@ from runs import TINY, train_in_process
 from test_cli import Cli, message
 
 from vgan import cli
-from vgan.charts import Curve, chart, label, log_ticks, thin, ticks
+from vgan.apps.charts import Curve, chart, label, log_ticks, thin, ticks
+from vgan.apps.command_line import command
 from vgan.config import CONFIG_DIR
-from vgan.reproduce import command
-from vgan.runlog import read_run
+from vgan.runs.log_reader import read_run
 
-PROTOCOL = {"features": "learned", "reals": "shapes, 64", "fakes": "40", "labels": "none", "seeds": [0, 1]}
+PROTOCOL = {
+    "features": "learned",
+    "reals": "shapes, 64",
+    "fakes": "40",
+    "labels": "none",
+    "seeds": [0, 1],
+}
 EVIL = "<script>alert(1)</script>\"'&${seed}"
 
 
@@ -75,7 +81,11 @@ class Page(HTMLParser):
     def is_closed(self) -> None:
         """Nothing is loaded from anywhere, and no script runs but the page's own."""
         assert all(a["src"].startswith("data:image/") for _, a in self.elements if "src" in a)
-        assert not any(k.startswith("on") or k in ("href", "style", "action") for _, a in self.elements for k in a)
+        assert not any(
+            k.startswith("on") or k in ("href", "style", "action")
+            for _, a in self.elements
+            for k in a
+        )
         assert len(self.all("script")) == len(self.all("style")) == 1
         policy = next(a["content"] for a in self.all("meta") if "http-equiv" in a)
         assert policy.startswith("default-src 'none'; img-src data:;")
@@ -96,22 +106,31 @@ def reproduced(config: dict[str, Any]) -> str | None:
         return command(config, "outputs/again", cli.compose_train)
 
 
-def make_run(folder: Path, ticks: int = 5, grids: int = 3, config: dict[str, Any] | None = None, **more: Any) -> Path:
+def make_run(
+    folder: Path, ticks: int = 5, grids: int = 3, config: dict[str, Any] | None = None, **more: Any
+) -> Path:
     """A run folder as vgan-train leaves it, without the training. more: keys of every tick."""
     folder.mkdir(parents=True)
     config = config or {**composed(*TINY), "run_dir": str(folder)}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     values = {"loss/D": 1.5, "loss/G": 2.5, "speed/img_per_s": 120.0, "augment_p": 0.0, **more}
-    lines = [{"cur_nimg": 1000 * (i + 1), **values, "speed/session_s": 8.0 * (i + 1)} for i in range(ticks)]
+    lines = [
+        {"cur_nimg": 1000 * (i + 1), **values, "speed/session_s": 8.0 * (i + 1)}
+        for i in range(ticks)
+    ]
     (folder / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for i in range(grids):
-        Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(folder / f"fakes-{1000 * (i + 1):09d}.png")
+        Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(
+            folder / f"fakes-{1000 * (i + 1):09d}.png"
+        )
     return folder
 
 
 def add(folder: Path, name: str, *lines: Any) -> None:
     with open(folder / name, "a", encoding="utf-8") as f:
-        f.write("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        f.write(
+            "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        )
 
 
 # --- what works -----------------------------------------------------------------------------------------------------
@@ -122,13 +141,22 @@ def test_a_page_about_a_run(run: Cli, tmp_path: Path) -> None:
     start = json.loads((tmp_path / "mine" / "starts.jsonl").read_text())
     add(tmp_path / "mine", "starts.jsonl", {**start, "cur_nimg": 40})
     for nimg, fid in ((40, 5.5), (80, 3.5)):
-        add(tmp_path / "mine", "metrics.jsonl", {"cur_nimg": nimg, "fid": fid, "kid": 0.5, "protocol": PROTOCOL})
+        add(
+            tmp_path / "mine",
+            "metrics.jsonl",
+            {"cur_nimg": nimg, "fid": fid, "kid": 0.5, "protocol": PROTOCOL},
+        )
     code, out, _ = run(cli.report_main, "run=mine")
     assert code == 0
     assert re.search(r"^mine/report.html \(0\.\d MB\)$", out.replace("\\", "/"), re.M)
     page = Page("mine/report.html")
     page.is_closed()
-    for fact in ("attn, size xs, loss rpgan, on shapes", "16 px, 64 pictures, 8 classes", "80 of 80", "vgan 0.1.0, torch"):
+    for fact in (
+        "attn, size xs, loss rpgan, on shapes",
+        "16 px, 64 pictures, 8 classes",
+        "80 of 80",
+        "vgan 0.1.0, torch",
+    ):
         assert fact in page.text
     parameters = re.search(r"([\d,]+) G \+ ([\d,]+) D", page.text)
     assert parameters
@@ -138,7 +166,13 @@ def test_a_page_about_a_run(run: Cli, tmp_path: Path) -> None:
     assert "All 2 evaluations" in page.text
     drawn = page.charts()
     assert drawn["Losses"]["curves"][0]["x"] == [0.04, 0.08]
-    assert {"Logits", "Gradient penalties", "Gradient norms", "Speed (img/s)", "fid"} <= drawn.keys()
+    assert {
+        "Logits",
+        "Gradient penalties",
+        "Gradient norms",
+        "Speed (img/s)",
+        "fid",
+    } <= drawn.keys()
     assert "kid" not in drawn  # it did not move
     assert "watchdog:\n  tries: 3" in page.text  # the config
     assert len(page.all("img")) == 1 + len(list(Path("mine").glob("fakes-*.png")))  # and the reals
@@ -148,7 +182,9 @@ def test_grids_are_thinned_and_the_last_stays_and_is_shown(run: Cli, tmp_path: P
     make_run(tmp_path / "r", ticks=900, grids=100)
     (tmp_path / "r" / "fakes-x.png").write_text("")
     (tmp_path / "r" / "fakes-000001000.png").write_bytes(b"no picture")
-    (tmp_path / "r" / "fakes-000100000.png").write_bytes((tmp_path / "r" / "fakes-000099000.png").read_bytes())
+    (tmp_path / "r" / "fakes-000100000.png").write_bytes(
+        (tmp_path / "r" / "fakes-000099000.png").read_bytes()
+    )
     run(cli.report_main, "run=r")
     page = Page("r/report.html")
     images = page.all("img")
@@ -171,9 +207,30 @@ def test_what_a_folder_says_cannot_become_part_of_the_page(run: Cli, tmp_path: P
     folders = []
     for name in ("<script>alert(1)<", "b&<img src=x onerror=alert(1)>"):
         folder = make_run(tmp_path / name, config={**config, "run_dir": name, "holdout": len(name)})
-        add(folder, "stats.jsonl", {"cur_nimg": 1000, "watchdog": EVIL}, {"cur_nimg": 1000, EVIL: 1.0, "loss/D": EVIL})
-        add(folder, "metrics.jsonl", {"cur_nimg": 1000, "fid": 3, EVIL: 1, "protocol": {**PROTOCOL, EVIL: EVIL, "seeds": [EVIL]}})
-        first = {"cur_nimg": 0, "vgan": EVIL, "device": EVIL, "precision": [EVIL], "parameters": EVIL, "data": {"images": EVIL}}
+        add(
+            folder,
+            "stats.jsonl",
+            {"cur_nimg": 1000, "watchdog": EVIL},
+            {"cur_nimg": 1000, EVIL: 1.0, "loss/D": EVIL},
+        )
+        add(
+            folder,
+            "metrics.jsonl",
+            {
+                "cur_nimg": 1000,
+                "fid": 3,
+                EVIL: 1,
+                "protocol": {**PROTOCOL, EVIL: EVIL, "seeds": [EVIL]},
+            },
+        )
+        first = {
+            "cur_nimg": 0,
+            "vgan": EVIL,
+            "device": EVIL,
+            "precision": [EVIL],
+            "parameters": EVIL,
+            "data": {"images": EVIL},
+        }
         add(folder, "starts.jsonl", first, first | {"time": EVIL, "device": "\ud800"})
         folders.append(f"'{name}'")
     for argv in ([f"run={folders[0]}"], [f"run=[{','.join(folders)}]"]):
@@ -184,9 +241,16 @@ def test_what_a_folder_says_cannot_become_part_of_the_page(run: Cli, tmp_path: P
         assert page.text.count(EVIL) >= 6
 
 
-def test_damaged_lines_are_left_out_and_what_is_not_finite_is_a_gap(run: Cli, tmp_path: Path) -> None:
+def test_damaged_lines_are_left_out_and_what_is_not_finite_is_a_gap(
+    run: Cli, tmp_path: Path
+) -> None:
     folder = make_run(tmp_path / "r", ticks=3)
-    add(folder, "stats.jsonl", '{"cur_nimg": 4000, "loss/D": NaN, "loss/G": 1e999}', '{"cur_nimg": 5000, "loss/D": null}')
+    add(
+        folder,
+        "stats.jsonl",
+        '{"cur_nimg": 4000, "loss/D": NaN, "loss/G": 1e999}',
+        '{"cur_nimg": 5000, "loss/D": null}',
+    )
     add(
         folder,
         "stats.jsonl",
@@ -204,19 +268,33 @@ def test_damaged_lines_are_left_out_and_what_is_not_finite_is_a_gap(run: Cli, tm
     assert "r: 5 damaged lines of stats.jsonl left out" in out
     page = Page("r/report.html")
     assert "5 damaged lines of stats.jsonl left out" in page.text
-    assert page.charts()["Losses"]["curves"][0] == {"x": [1, 2, 3, 4, 5, 6], "y": [1.5, 1.5, 1.5, None, None, 9]}
+    assert page.charts()["Losses"]["curves"][0] == {
+        "x": [1, 2, 3, 4, 5, 6],
+        "y": [1.5, 1.5, 1.5, None, None, 9],
+    }
     assert "6,000 of 400" in page.text
 
 
 def test_several_runs_side_by_side(run: Cli, tmp_path: Path) -> None:
     make_run(tmp_path / "a", config=composed(*TINY))
     make_run(
-        tmp_path / "b", ticks=4, config=composed(*TINY, "loss=hinge", "+data.speed=[1,2]"), **{"loss/D": 7.0, "grad_norm/D": 3.0}
+        tmp_path / "b",
+        ticks=4,
+        config=composed(*TINY, "loss=hinge", "+data.speed=[1,2]"),
+        **{"loss/D": 7.0, "grad_norm/D": 3.0},
     )
     add(tmp_path / "a", "metrics.jsonl", {"cur_nimg": 2000, "fid": 31.5, "protocol": PROTOCOL})
-    add(tmp_path / "b", "metrics.jsonl", {"cur_nimg": 1000, "fid": 99.5, "fid_std": 1.5, "protocol": PROTOCOL})
+    add(
+        tmp_path / "b",
+        "metrics.jsonl",
+        {"cur_nimg": 1000, "fid": 99.5, "fid_std": 1.5, "protocol": PROTOCOL},
+    )
     add(tmp_path / "b", "metrics.jsonl", {"cur_nimg": 3000, "fid": 29.5, "protocol": PROTOCOL})
-    add(tmp_path / "b", "metrics.jsonl", {"cur_nimg": 4000, "fid": 12.5, "protocol": {**PROTOCOL, "fakes": "50000"}})
+    add(
+        tmp_path / "b",
+        "metrics.jsonl",
+        {"cur_nimg": 4000, "fid": 12.5, "protocol": {**PROTOCOL, "fakes": "50000"}},
+    )
     code, out, err = run(cli.report_main, "run=[a,b]")
     assert (code, err) == (0, "")
     assert out.startswith("report.html")
@@ -225,9 +303,14 @@ def test_several_runs_side_by_side(run: Cli, tmp_path: Path) -> None:
     curves = page.charts()["Losses: D"]["curves"]
     assert [len(c["x"]) for c in curves] == [5, 4]
     assert [c["y"][0] for c in curves] == [1.5, 7.0]
-    assert [c["y"] for c in page.charts()["Gradient norms: D"]["curves"]] == [[3, 3, 3, 3]]  # a has none
+    assert [c["y"] for c in page.charts()["Gradient norms: D"]["curves"]] == [
+        [3, 3, 3, 3]
+    ]  # a has none
     differences = page.source.partition("Settings that differ")[2].partition("</table>")[0]
-    assert re.findall(r"<th scope=row><code>(.*?)</code>", differences) == ["loss.name", "data.speed"]
+    assert re.findall(r"<th scope=row><code>(.*?)</code>", differences) == [
+        "loss.name",
+        "data.speed",
+    ]
     assert "<i>none</i>" in differences  # a has no data.speed
     tables = page.source.partition("<h2>Quality</h2>")[2].split("<h3>")[1:3]
     assert ["31.500" in t and "29.500" in t and "12.500" not in t for t in tables] == [True, False]
@@ -254,9 +337,25 @@ def test_time_and_resumes_follow_from_the_statistics(tmp_path: Path) -> None:
     [
         ["total_kimg=20", "loss=hinge"],
         ["data=cifar10", "model=sep", "size=m", "augment=adaptive", "features=learned", "seed=3"],
-        ["data=folder", "data.path='my pictures/it\\'s $HOME; rm'", "data.labels='null'", "batch_gpu=4"],
-        ["experiment=few", "data.path=x", "schedule_kimg=7", "model.generator.conv=dense", "+optim.optimizer.weight_decay=1e-05"],
-        ["eval.metrics=[fid,kid]", "size.g_widths=[8,8,8]", "+data.extra={a: [1, null], b: 'true'}", "compile=true"],
+        [
+            "data=folder",
+            "data.path='my pictures/it\\'s $HOME; rm'",
+            "data.labels='null'",
+            "batch_gpu=4",
+        ],
+        [
+            "experiment=few",
+            "data.path=x",
+            "schedule_kimg=7",
+            "model.generator.conv=dense",
+            "+optim.optimizer.weight_decay=1e-05",
+        ],
+        [
+            "eval.metrics=[fid,kid]",
+            "size.g_widths=[8,8,8]",
+            "+data.extra={a: [1, null], b: 'true'}",
+            "compile=true",
+        ],
         ["~optim.optimizer.fused", "data.cache_dir='12'"],
     ],
 )
@@ -312,7 +411,14 @@ def test_thinning_takes_means_and_keeps_gaps() -> None:
 def test_charts_of_extremes() -> None:
     assert chart("empty", [Curve("a", [1, 2], [None, None])]) == ""
     assert chart("empty", []) == ""
-    for values in ([5.0], [0.0, 0.0], [1e-300, 1e300], [-1e299, 1e299], [3.0, None, 4.0], [1e-9, 1.0, None]):
+    for values in (
+        [5.0],
+        [0.0, 0.0],
+        [1e-300, 1e300],
+        [-1e299, 1e299],
+        [3.0, None, 4.0],
+        [1e-9, 1.0, None],
+    ):
         svg = chart("t", [Curve("a", range(len(values)), values)])
         path = re.search(r'class="line c0" d="(.*?)"', svg)
         assert path
@@ -339,20 +445,28 @@ def test_charts_of_extremes() -> None:
         (["run=[r,./r]"], 1, "names a run twice"),
         (["run=[1,2,3,4,5,6,7,8,9]"], 1, "has 9 runs; compare at most 8"),
         (["run=[r,nowhere]"], 1, "run=nowhere: no such folder"),
-        (["run=r", "out=page.pdf"], 1, "out=page.pdf: unknown kind .pdf; give a name ending in .html"),
+        (
+            ["run=r", "out=page.pdf"],
+            1,
+            "out=page.pdf: unknown kind .pdf; give a name ending in .html",
+        ),
         (["run=r", "out=page"], 1, "out=page: unknown kind of file; give a name ending in .html"),
         (["run=r", "out=file/page.html"], 1, r"file/page.html: cannot be written \(\w+"),
         (["run=r", "out=folder.html"], 1, "folder.html: cannot be written"),
         (["run=r", "colour=red"], 2, "colour=red: unknown key colour"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(run: Cli, tmp_path: Path, argv: list[str], code: int, says: str) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Cli, tmp_path: Path, argv: list[str], code: int, says: str
+) -> None:
     make_run(tmp_path / "r")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "young", ticks=0)
-    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+    bomb = "a0: &a0 [x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+    )
     for name, text in (("broken", "a: [1"), ("bomb", bomb), ("text", "hello")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(text)

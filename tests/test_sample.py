@@ -13,14 +13,15 @@ from hydra import compose, initialize_config_dir
 from PIL import Image, ImageSequence
 from runs import train_in_process
 
-from vgan import checkpoint, load_generator
-from vgan.attention import Look, attention_sheet, look, verdict_sheet, verdicts
+from vgan import load_generator
 from vgan.config import CONFIG_DIR
-from vgan.drawing import draw, latents, load_discriminator, render
-from vgan.errors import UserError
-from vgan.motion import slerp, through, walk
-from vgan.movies import KINDS, write_movie
-from vgan.sample import parse_seeds, sample
+from vgan.inference.attention_maps import Look, attention_sheet, look, verdict_sheet, verdicts
+from vgan.inference.latents import slerp, through, walk
+from vgan.inference.load import draw, latents, load_discriminator, render
+from vgan.inference.sample import parse_seeds, sample
+from vgan.inference.writers import KINDS, write_movie
+from vgan.runs import checkpoint
+from vgan.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,9 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ckpt: Path, *overrides: object) -> Path:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return sample(compose("sample", overrides=[f"ckpt={ckpt}", "device=cpu", *map(str, overrides)]))
+        return sample(
+            compose("sample", overrides=[f"ckpt={ckpt}", "device=cpu", *map(str, overrides)])
+        )
 
 
 def test_seeds_are_numbers_of_a_series() -> None:
@@ -58,7 +61,11 @@ def test_every_kind_of_output_holds_the_same_pictures(ckpt: Path, tmp_path: Path
     chosen = ("seeds=[3,5-6]", "label=[heart,2]", "batch_size=2")
     G = load_generator(ckpt, device="cpu")
     heart = G.label_names.index("heart")  # type: ignore[union-attr, operator]
-    expected = draw(G, torch.tensor([3, 5, 6]), 0, torch.tensor([heart, 2, heart])).permute(0, 2, 3, 1).numpy()
+    expected = (
+        draw(G, torch.tensor([3, 5, 6]), 0, torch.tensor([heart, 2, heart]))
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     assert np.array_equal(np.load(run(ckpt, *chosen, f"out={tmp_path / 'x.npy'}")), expected)
     with zipfile.ZipFile(run(ckpt, *chosen, f"out={tmp_path / 'x.zip'}")) as archive:
         assert archive.namelist() == ["000003.png", "000005.png", "000006.png"]
@@ -67,7 +74,9 @@ def test_every_kind_of_output_holds_the_same_pictures(ckpt: Path, tmp_path: Path
                 assert np.array_equal(np.asarray(Image.open(f)), picture)
     folder = run(ckpt, *chosen, f"out={tmp_path / 'files'}")
     assert np.array_equal(np.asarray(Image.open(folder / "000005.png")), expected[1])
-    grid = np.asarray(Image.open(run(ckpt, *chosen, "columns=3", "zoom=1", f"out={tmp_path / 'x.png'}")))
+    grid = np.asarray(
+        Image.open(run(ckpt, *chosen, "columns=3", "zoom=1", f"out={tmp_path / 'x.png'}"))
+    )
     assert np.array_equal(grid, np.concatenate(list(expected), axis=1))
     assert not list(tmp_path.glob(".*"))  # nothing temporary is left
 
@@ -82,10 +91,18 @@ def test_films_repeat_byte_for_byte(ckpt: Path, tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_a_film_shows_the_frames(ckpt: Path, tmp_path: Path, kind: str) -> None:
     options = ("motion=interpolate", "seeds=[1,4]", "frames=3", "fps=20", "zoom=4")
-    frames = np.load(run(ckpt, *options, f"out={tmp_path / 'f.npy'}")).repeat(4, axis=1).repeat(4, axis=2)
+    frames = (
+        np.load(run(ckpt, *options, f"out={tmp_path / 'f.npy'}"))
+        .repeat(4, axis=1)
+        .repeat(4, axis=2)
+    )
     G = load_generator(ckpt, device="cpu")
-    assert np.array_equal(frames[0, ::4, ::4], draw(G, torch.tensor([1]), 0)[0].permute(1, 2, 0).numpy())
-    assert np.array_equal(frames[3, ::4, ::4], draw(G, torch.tensor([4]), 0)[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(
+        frames[0, ::4, ::4], draw(G, torch.tensor([1]), 0)[0].permute(1, 2, 0).numpy()
+    )
+    assert np.array_equal(
+        frames[3, ::4, ::4], draw(G, torch.tensor([4]), 0)[0].permute(1, 2, 0).numpy()
+    )
     film = run(ckpt, *options, f"out={tmp_path / 'f'}.{kind}")
     if kind == "mp4":
         with av.open(str(film)) as container:
@@ -102,11 +119,15 @@ def test_a_film_shows_the_frames(ckpt: Path, tmp_path: Path, kind: str) -> None:
     assert len(shown) == len(frames) == 6
     for ours, theirs in zip(frames, shown):
         difference = np.abs(ours.astype(int) - theirs).mean()
-        assert difference == 0 if kind == "webp" else difference < 12  # 256 colours; half the resolution of colour
+        assert (
+            difference == 0 if kind == "webp" else difference < 12
+        )  # 256 colours; half the resolution of colour
 
 
 def test_a_film_has_its_frames_in_their_order(tmp_path: Path) -> None:
-    frames = np.stack([np.full((16, 32, 3), level, np.uint8) for level in (10, 60, 110, 160, 210, 250)])
+    frames = np.stack(
+        [np.full((16, 32, 3), level, np.uint8) for level in (10, 60, 110, 160, 210, 250)]
+    )
     for kind in KINDS:
         path = tmp_path / f"x{kind}"
         write_movie(path, frames, fps=10, zoom=2)
@@ -115,20 +136,34 @@ def test_a_film_has_its_frames_in_their_order(tmp_path: Path) -> None:
                 shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         else:
             with Image.open(path) as image:
-                shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+                shown = [
+                    np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)
+                ]
         assert [frame.shape for frame in shown] == [(32, 64, 3)] * 6
-        assert np.abs(np.array([frame.mean() for frame in shown]) - frames.mean((1, 2, 3))).max() < 4
+        assert (
+            np.abs(np.array([frame.mean() for frame in shown]) - frames.mean((1, 2, 3))).max() < 4
+        )
 
 
 def test_classes_are_gone_through_in_straight_lines(ckpt: Path, tmp_path: Path) -> None:
     G = load_generator(ckpt, device="cpu")
-    out = run(ckpt, "motion=classes", "label=[2,5]", "frames=2", "seeds=4", f"out={tmp_path / 'x.npy'}")
+    out = run(
+        ckpt, "motion=classes", "label=[2,5]", "frames=2", "seeds=4", f"out={tmp_path / 'x.npy'}"
+    )
     z, _ = latents(G, torch.tensor([4]), seed=0)
     eye = torch.eye(8)
     c = torch.stack([eye[2], (eye[2] + eye[5]) / 2, eye[5], (eye[2] + eye[5]) / 2])
     expected = render(G, z.expand(4, -1), c).permute(0, 2, 3, 1).numpy()
     assert np.abs(np.load(out).astype(int) - expected).max() <= 1
-    ending = run(ckpt, "motion=classes", "label=[2,5]", "frames=2", "seeds=4", "loop=false", f"out={tmp_path / 'y.npy'}")
+    ending = run(
+        ckpt,
+        "motion=classes",
+        "label=[2,5]",
+        "frames=2",
+        "seeds=4",
+        "loop=false",
+        f"out={tmp_path / 'y.npy'}",
+    )
     assert len(np.load(ending)) == 3
 
 
@@ -137,14 +172,23 @@ def test_truncation_goes_to_the_mean(ckpt: Path, tmp_path: Path) -> None:
     z, c = latents(G, torch.arange(3), seed=0)
     for truncation in (0.0, 0.5):
         shown = np.load(run(ckpt, "n=3", f"truncation={truncation}", f"out={tmp_path / 'x.npy'}"))
-        assert np.abs(shown.astype(int) - render(G, truncation * z, c).permute(0, 2, 3, 1).numpy()).max() <= 1
+        assert (
+            np.abs(
+                shown.astype(int) - render(G, truncation * z, c).permute(0, 2, 3, 1).numpy()
+            ).max()
+            <= 1
+        )
     film = ("motion=walk", "frames=1", "label=3", "truncation=0", f"out={tmp_path / 'y.npy'}")
     assert (np.load(run(ckpt, *film)) == np.load(run(ckpt, *film))[:1]).all()
 
 
 def test_a_number_asked_for_twice_is_drawn_twice(ckpt: Path, tmp_path: Path) -> None:
     folder = run(ckpt, "seeds=[1,1,1]", "label=[0,1,0]", f"out={tmp_path / 'f.d'}/x")
-    assert sorted(p.name for p in folder.iterdir()) == ["000001-2.png", "000001-3.png", "000001.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "000001-2.png",
+        "000001-3.png",
+        "000001.png",
+    ]
     assert (folder / "000001.png").read_bytes() == (folder / "000001-3.png").read_bytes()
     assert (folder / "000001.png").read_bytes() != (folder / "000001-2.png").read_bytes()
     run(ckpt, "n=1", f"out={tmp_path / 'f.d'}")  # a folder that is there may have a dot in its name
@@ -179,7 +223,9 @@ def test_a_map_shows_heat_where_it_looks_and_red_where_it_looks_fake() -> None:
 def test_slerp_keeps_lengths_and_turns_steadily() -> None:
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
     way = slerp(a, b, torch.tensor([0.0, 0.5, 1.0]))[:, 0]
-    assert torch.allclose(way, torch.tensor([[2.0, 0.0], [3 / math.sqrt(2), 3 / math.sqrt(2)], [0.0, 4.0]]), atol=1e-6)
+    assert torch.allclose(
+        way, torch.tensor([[2.0, 0.0], [3 / math.sqrt(2), 3 / math.sqrt(2)], [0.0, 4.0]]), atol=1e-6
+    )
     same = slerp(a, a, torch.tensor([0.3]))
     assert torch.allclose(same[0], a)
     assert torch.isfinite(slerp(a, -a, torch.linspace(0, 1, 5))).all()  # no single shortest way
@@ -213,7 +259,10 @@ def test_attention_maps_are_where_the_network_looks(ckpt: Path) -> None:
     z, c = latents(G, torch.arange(3), seed=0)
     images, looks = look(G, z, c)
     assert torch.equal(images, draw(G, torch.arange(3), 0))  # looking changes nothing
-    assert [tuple(layer.weights.shape) for layer in looks] == [(3, 1, 4, 4, 4, 4), (3, 1, 8, 8, 8, 8)]
+    assert [tuple(layer.weights.shape) for layer in looks] == [
+        (3, 1, 4, 4, 4, 4),
+        (3, 1, 8, 8, 8, 8),
+    ]
     for layer in looks:
         assert torch.allclose(layer.weights.sum((4, 5)), torch.ones(1), atol=1e-5)
     attention = G.stages[1][-1].attention  # type: ignore[index, union-attr]
@@ -228,13 +277,19 @@ def test_attention_maps_are_where_the_network_looks(ckpt: Path) -> None:
 
 def test_verdicts_add_up_to_the_logit(ckpt: Path) -> None:
     D = load_discriminator(ckpt, device="cpu")
-    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     c = torch.eye(8)[:3]
     logits = D(images.float() / 127.5 - 1, c)
     places = verdicts(D, images, c)
     assert places.shape == (3, 4, 4)
-    total = places.sum((1, 2)) + D.to_logit.bias.float() if D.pool is not None else places.mean((1, 2))  # type: ignore[union-attr, operator]
-    assert torch.allclose(total.flatten(), logits.mean((1, 2, 3)) if D.pool is None else logits.flatten(), atol=1e-4)
+    total = (
+        places.sum((1, 2)) + D.to_logit.bias.float() if D.pool is not None else places.mean((1, 2))
+    )  # type: ignore[union-attr, operator]
+    assert torch.allclose(
+        total.flatten(), logits.mean((1, 2, 3)) if D.pool is None else logits.flatten(), atol=1e-4
+    )
 
 
 def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
@@ -246,11 +301,15 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
     assert a.shape[1] == 3 * 100 + 4  # the picture and two layers of one head
     assert c.shape[1] == 2 * 100 + 4
     assert (a != b).any()
-    framed = b[18:114, 204:300]  # the finest layer of the first picture: its corner position is framed
+    framed = b[
+        18:114, 204:300
+    ]  # the finest layer of the first picture: its corner position is framed
     assert (framed[0, 96 - 12 :] == (90, 230, 255)).all()
     assert (
         hashlib.sha256(strongest.read_bytes()).digest()
-        == hashlib.sha256(run(ckpt, "show=attention", "n=2", f"out={tmp_path / 'd.png'}").read_bytes()).digest()
+        == hashlib.sha256(
+            run(ckpt, "show=attention", "n=2", f"out={tmp_path / 'd.png'}").read_bytes()
+        ).digest()
     )
 
 
@@ -264,7 +323,10 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
         (["label=[heart,nothing]"], "label=nothing: unknown; use one of 0 "),
         (["label=[]"], "label=.*at least one"),
         (["motion=jump", "out=x.gif"], "motion=jump: must be one of interpolate, classes, walk"),
-        (["motion=interpolate", "n=3", "tiles=2", "out=x.gif"], "tiles=2: 3 pictures cannot be shared"),
+        (
+            ["motion=interpolate", "n=3", "tiles=2", "out=x.gif"],
+            "tiles=2: 3 pictures cannot be shared",
+        ),
         (["motion=interpolate", "n=1", "out=x.gif"], "needs two pictures"),
         (["motion=walk", "n=3", "out=x.gif"], "one picture a tile"),
         (["motion=classes", "label=heart", "out=x.gif"], "needs a model with classes, and two"),
@@ -272,7 +334,10 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
         (["query=[1,1]"], "goes with show=attention"),
         (["show=attention", "query=[16,0]"], "in pixels from 0 to 15"),
         (["motion=walk", "loop=false", "out=x.gif"], "loop=False: goes with motion=interpolate"),
-        (["motion=walk", "frames=1", "zoom=2000", "out=x.webp"], r"out=x.webp: frames of 32000 x 32000 px are larger"),
+        (
+            ["motion=walk", "frames=1", "zoom=2000", "out=x.webp"],
+            r"out=x.webp: frames of 32000 x 32000 px are larger",
+        ),
         (["show=attention", "n=65"], "draws at most 64 pictures"),
         (["show=attention", "zoom=2"], "zoom=2: goes with show=pictures"),
         (["seeds=0-10000000"], "seeds=0-10000000: names more than 10,000,000"),

@@ -1,6 +1,6 @@
 import pytest
 
-from vgan.schedules import cosine, ema_decay
+from vgan.training.schedules import cosine, ema_decay
 
 
 def test_cosine_runs_from_start_to_end_and_stays() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import TINY, assert_same_run, lines_of, start
 
-from vgan import checkpoint
+from vgan.runs import checkpoint
 
 # The clock of the day jumps by days, backwards too; a clock that only counts on stays.
 JUMPING_CLOCK = """
@@ -25,9 +25,9 @@ SLOW_DISK = """
 import os, time
 sync = os.fsync
 os.fsync = lambda f: (time.sleep(0.4), sync(f))[1]
-import vgan.train
-step = vgan.train.train_step
-vgan.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
+import vgan.training.train
+step = vgan.training.train.train_step
+vgan.training.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
 from vgan.cli import train_main
 train_main()
 """
@@ -38,7 +38,13 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
     """From the first line of the program to its last, checkpoints being written included."""
     length = ["total_kimg=0.4"]
     if kills == 100:
-        length = ["total_kimg=60", "snapshot_kimg=2", "tick_kimg=0.2", "checkpoint_kimg=0.2", "threads=1"]
+        length = [
+            "total_kimg=60",
+            "snapshot_kimg=2",
+            "tick_kimg=0.2",
+            "checkpoint_kimg=0.2",
+            "threads=1",
+        ]
     begun = time.monotonic()
     assert "Done" in start(tmp_path / "whole", *length).communicate()[0]
     took = min(time.monotonic() - begun, 12.0)  # of which some seconds pass before the first step
@@ -66,7 +72,13 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and os.geteuid() == 0
-    mounted = mounted and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)]).returncode == 0
+    mounted = (
+        mounted
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)]
+        ).returncode
+        == 0
+    )
     small = ["keep_checkpoints=2", "snapshot_kimg=0.01", "size.g_widths=[16,16,16]"]
     try:
         if mounted:
@@ -79,7 +91,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         assert "Traceback" not in out
         assert "training goes on" in out, out
         assert done.returncode in (0, 1)
-        readable = [checkpoint.load(path) for path in checkpoint.all_checkpoints(disk / "r")]  # none is half
+        readable = [
+            checkpoint.load(path) for path in checkpoint.all_checkpoints(disk / "r")
+        ]  # none is half
         assert readable or not mounted
     finally:
         if mounted:
@@ -89,7 +103,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 def test_a_slow_disk_does_not_hold_up_the_steps(tmp_path: Path) -> None:
     process = start(tmp_path / "r", "checkpoint_kimg=0.2", "threads=1", code=SLOW_DISK)
     assert "Done" in process.communicate(timeout=300)[0]
-    waited = [line["speed/waiting_for_checkpoints"] for line in lines_of(tmp_path / "r" / "stats.jsonl")]
+    waited = [
+        line["speed/waiting_for_checkpoints"] for line in lines_of(tmp_path / "r" / "stats.jsonl")
+    ]
     assert max(waited) < 0.2  # 0.8 s of syncing in two checkpoints, on a run of about a second
 
 
@@ -101,7 +117,9 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_checkpoint_minutes_bound_what_a_kill_costs(tmp_path: Path) -> None:
-    process = start(tmp_path / "r", "checkpoint_kimg=100", "checkpoint_minutes=0.005", "total_kimg=4")
+    process = start(
+        tmp_path / "r", "checkpoint_kimg=100", "checkpoint_minutes=0.005", "total_kimg=4"
+    )
     deadline = time.monotonic() + 120
     while len(checkpoint.all_checkpoints(tmp_path / "r")) < 3:
         assert time.monotonic() < deadline
@@ -117,6 +135,19 @@ def test_the_same_command_from_another_folder_and_python_hash(tmp_path: Path) ->
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
         code = "from vgan.cli import train_main; train_main()"
-        command = [sys.executable, "-c", code, *TINY, "total_kimg=0.08", f"run_dir={tmp_path / seed / 'r'}"]
-        subprocess.run(command, cwd=tmp_path / seed, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True)
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            *TINY,
+            "total_kimg=0.08",
+            f"run_dir={tmp_path / seed / 'r'}",
+        ]
+        subprocess.run(
+            command,
+            cwd=tmp_path / seed,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        )
     assert_same_run(tmp_path / "1" / "r", tmp_path / "2" / "r")

@@ -6,32 +6,51 @@ import numpy as np
 import pytest
 import torch
 
-from vgan.augment import TRANSFORMS, Augment
-from vgan.data.feed import Feed
+from vgan.data.augment import TRANSFORMS, Augment
+from vgan.data.loader import Loader
 from vgan.data.source import Dataset
-from vgan.device import missing_compiler
-from vgan.ema import ema_copy, update_ema
-from vgan.losses import LOSSES, RELATIVISTIC
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator
-from vgan.penalties import PENALTIES
-from vgan.randomness import Streams, signs, words
-from vgan.stats import Stats
-from vgan.steps import Batch, Moment, Recipe, Scalars, Split, State, compiled, d_forward, d_step, g_forward, g_step, train_step
+from vgan.runs.log_writer import Stats
+from vgan.runtime.device import missing_compiler
+from vgan.runtime.rng import Streams, signs, words
+from vgan.training.ema import ema_copy, update_ema
+from vgan.training.losses import LOSSES, PENALTIES, RELATIVISTIC
+from vgan.training.step import (
+    Batch,
+    HyperParameters,
+    Objective,
+    Scalars,
+    Split,
+    State,
+    compiled,
+    d_forward,
+    d_step,
+    g_forward,
+    g_step,
+    train_step,
+)
 
 CPU = torch.device("cpu")
-NOW = Moment(lr_G=1e-2, lr_D=2e-2, beta2=0.95, gamma=3.0, augment_p=0.0)
+NOW = HyperParameters(lr_G=1e-2, lr_D=2e-2, beta2=0.95, gamma=3.0, augment_p=0.0)
 
 
 def make_state() -> State:
     torch.manual_seed(0)
     G, D = Generator(8, 16, [8, 8, 8], label_dim=2), Discriminator(16, [8, 8, 8], label_dim=2)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), betas=(0.0, 0.9)) for net in (G, D))
-    return State(G, D, ema_copy(G), opt_G, opt_D, *(torch.amp.GradScaler("cpu", enabled=False) for _ in range(2)))
+    return State(
+        G,
+        D,
+        ema_copy(G),
+        opt_G,
+        opt_D,
+        *(torch.amp.GradScaler("cpu", enabled=False) for _ in range(2)),
+    )
 
 
-def recipe(loss: str = "rpgan") -> Recipe:
-    return Recipe(*LOSSES[loss], loss in RELATIVISTIC, Augment(), CPU, "fp32")
+def recipe(loss: str = "rpgan") -> Objective:
+    return Objective(*LOSSES[loss], loss in RELATIVISTIC, Augment(), CPU, "fp32")
 
 
 def weights(net: torch.nn.Module) -> list[torch.Tensor]:
@@ -42,12 +61,14 @@ REAL = torch.linspace(-1, 1, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 C = torch.eye(2).repeat(2, 1)
 
 
-def step_d(state: State, how: Recipe, streams: Streams, weight: float, device: torch.device = CPU) -> Scalars:
+def step_d(
+    state: State, how: Objective, streams: Streams, weight: float, device: torch.device = CPU
+) -> Scalars:
     batch = Batch(REAL.to(device), C.to(device), streams)
     return d_step(state, how, NOW, batch, weight)
 
 
-def step_g(state: State, how: Recipe, streams: Streams) -> Scalars:
+def step_g(state: State, how: Objective, streams: Streams) -> Scalars:
     return g_step(state, how, NOW, Batch(REAL, C, streams))
 
 
@@ -84,13 +105,19 @@ def test_one_step_is_a_step_of_d_and_then_one_of_g() -> None:
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(count: int) -> None:
     grads, scalars = [], []
     for parts in (1, count):
-        state, how, batch = make_state(), replace(recipe(), split=Split(parts)), Batch(REAL, C, Streams(0, 0, 4))
+        state, how, batch = (
+            make_state(),
+            replace(recipe(), split=Split(parts)),
+            Batch(REAL, C, Streams(0, 0, 4)),
+        )
         with torch.no_grad():
             for p in state.D.parameters():
                 p.add_(0.05 * torch.linspace(-1, 1, p.numel()).view_as(p))
         scalars.append(d_step(state, how, NOW, batch, 1))
         grads.append([p.grad for p in state.D.parameters()])
-        state.D.load_state_dict(make_state().D.state_dict())  # Adam's step makes much of a rounding; G shall see the same D
+        state.D.load_state_dict(
+            make_state().D.state_dict()
+        )  # Adam's step makes much of a rounding; G shall see the same D
         scalars[-1] |= g_step(state, how, NOW, batch)
         grads[-1] += [p.grad for p in state.G.parameters()]
     for whole, split in zip(*grads):
@@ -146,7 +173,9 @@ def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:
     whole = replace(plain, **parts)
     ours, theirs = make_state(), make_state()
     for step in range(6):
-        now = Moment(1e-3 / (step + 1), 2e-3 / (step + 1), 0.9 + 0.01 * step, 3.0 - 0.3 * step, 0.1 * step)
+        now = HyperParameters(
+            1e-3 / (step + 1), 2e-3 / (step + 1), 0.9 + 0.01 * step, 3.0 - 0.3 * step, 0.1 * step
+        )
         scalars = []
         for state, how in ((ours, plain), (theirs, whole)):
             streams, weight = Streams(0, 4 * step, 4), 2 * (step % 2)
@@ -184,12 +213,14 @@ def test_steps_on_a_gpu_agree_with_the_cpu(precision: str) -> None:
     opts = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.9), fused=True) for net in (G, D)]
     scalers = [torch.amp.GradScaler("cuda", enabled=precision == "fp16") for _ in range(2)]
     on_gpu = State(G, D, ema_copy(G), *opts, *scalers)
-    there = Recipe(*LOSSES["rpgan"], True, Augment(), device, precision)
+    there = Objective(*LOSSES["rpgan"], True, Augment(), device, precision)
     a = step_d(on_cpu, recipe(), Streams(0, 0, 4), 1)
     b = step_d(on_gpu, there, Streams(0, 0, 4, device), 1, device)
     for name in ("loss/D", "logits/real", "penalty/r1"):
         assert b[name].item() == pytest.approx(a[name].item(), rel=0.05, abs=0.02)
-    scalars = train_step(on_gpu, there, NOW, REAL.to(device), C.to(device), Streams(0, 0, 4, device), 1)
+    scalars = train_step(
+        on_gpu, there, NOW, REAL.to(device), C.to(device), Streams(0, 0, 4, device), 1
+    )
     assert torch.isfinite(scalars["loss/G"])
 
 
@@ -197,7 +228,7 @@ def test_steps_on_a_gpu_agree_with_the_cpu(precision: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("hold", [True, False])
 def test_the_loop_never_waits_for_the_gpu(hold: bool) -> None:
-    """Feed, both steps, running average and statistics, with every synchronisation an error."""
+    """Loader, both steps, running average and statistics, with every synchronisation an error."""
     device = torch.device("cuda")
     state = make_state()
     G, D = (net.to(device) for net in (state.G, state.D))
@@ -205,10 +236,14 @@ def test_the_loop_never_waits_for_the_gpu(hold: bool) -> None:
     state = State(G, D, ema_copy(G), *opts, state.scaler_G, state.scaler_D)
     how = replace(recipe(), augment=Augment(list(TRANSFORMS)), device=device, precision="bf16")
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
-    feed = Feed(Dataset("x", images, np.arange(40) % 2, ("a", "b"), ""), 4, 0, device, hold_on_device=hold)
+    feed = Loader(
+        Dataset("x", images, np.arange(40) % 2, ("a", "b"), ""), 4, 0, device, hold_on_device=hold
+    )
     stats = Stats()
     for step in range(4):
-        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # allocations of the first steps may wait
+        torch.cuda.set_sync_debug_mode(
+            "error" if step > 1 else "default"
+        )  # allocations of the first steps may wait
         try:
             streams = Streams(0, 4 * step, 4, device)
             real, c = feed.batch(4 * step)

@@ -25,14 +25,14 @@ import torch
 from PIL import Image
 from runs import TINY, assert_same_run, train_in_process
 
-import vgan.train
-from vgan import checkpoint
-from vgan.data import stream as streams
+import vgan.training.train
+from vgan.data import webdataset as streams
+from vgan.data.packed import pack
 from vgan.data.source import BadImage, Dataset
-from vgan.data.store import pack
-from vgan.data.stream import Interrupted, Shards, StreamFeed
-from vgan.errors import UserError
-from vgan.stopping import RESTART, Stopped
+from vgan.data.webdataset import Interrupted, ShardLoader, Shards
+from vgan.runs import checkpoint
+from vgan.runtime.errors import UserError
+from vgan.runtime.signals import RESTART, Stopped
 
 CPU = torch.device("cpu")
 COUNTS = (7, 12, 3, 20, 9)  # pictures in each shard
@@ -48,7 +48,10 @@ def write_shards(folder: Path, bad: set[int] = frozenset()) -> str:  # type: ign
                 buffer = io.BytesIO()
                 Image.new("RGB", (16, 16), (2 * i,) * 3).save(buffer, format="PNG")
                 content = b"no picture" if i in bad else buffer.getvalue()
-                for name, data in ((f"{i:04d}.png", content), (f"{i:04d}.cls", str(i % 3).encode())):
+                for name, data in (
+                    (f"{i:04d}.png", content),
+                    (f"{i:04d}.cls", str(i % 3).encode()),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -63,8 +66,10 @@ def dataset(urls: str, tmp_path: Path, **settings: object) -> Dataset:
     return replace(pack(source, tmp_path / "cache"), stream=source)
 
 
-def feed(data: Dataset, tmp_path: Path, share: tuple[int, int] = (0, 1), seed: int = 1) -> StreamFeed:
-    return StreamFeed(data, 8, seed, CPU, share, tmp_path / "cache")
+def feed(
+    data: Dataset, tmp_path: Path, share: tuple[int, int] = (0, 1), seed: int = 1
+) -> ShardLoader:
+    return ShardLoader(data, 8, seed, CPU, share, tmp_path / "cache")
 
 
 def numbers(batch: tuple[torch.Tensor, torch.Tensor]) -> list[int]:
@@ -112,8 +117,19 @@ def test_batches_do_not_depend_on_processes_or_on_where_one_enters(tmp_path: Pat
 
 
 def test_a_run_on_a_stream_resumes_to_the_last_bit(tmp_path: Path) -> None:
-    stream = ["data=webdataset", f"data.urls='{write_shards(tmp_path / 's')}'", "data.classes=3", "data.sample=20", "size=xs"]
-    tiny = [*stream, "data.resolution=16", f"data.cache_dir={tmp_path / 'cache'}", *(o for o in TINY if "data" not in o)]
+    stream = [
+        "data=webdataset",
+        f"data.urls='{write_shards(tmp_path / 's')}'",
+        "data.classes=3",
+        "data.sample=20",
+        "size=xs",
+    ]
+    tiny = [
+        *stream,
+        "data.resolution=16",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        *(o for o in TINY if "data" not in o),
+    ]
     for name, lengths in (("whole", ["0.24"]), ("cut", ["0.12", "0.24"])):
         for kimg in lengths:
             train_in_process(tmp_path / name, f"total_kimg={kimg}", "schedule_kimg=0.24", tiny=tiny)
@@ -125,7 +141,9 @@ def test_a_run_on_a_stream_resumes_to_the_last_bit(tmp_path: Path) -> None:
 def test_bad_pictures_stop_or_are_stood_in_for(tmp_path: Path) -> None:
     urls = write_shards(tmp_path / "s", bad={15, 30})
     strict = feed(dataset(urls, tmp_path, sample=7), tmp_path)
-    with pytest.raises(UserError, match=r"unreadable picture: 00(15|30) of .*x-\d.tar .*data.skip_bad=true"):
+    with pytest.raises(
+        UserError, match=r"unreadable picture: 00(15|30) of .*x-\d.tar .*data.skip_bad=true"
+    ):
         [strict.batch(n) for n in range(0, 400, 8)]
     strict.close()
     lenient = feed(dataset(urls, tmp_path, sample=7, skip_bad=True), tmp_path)
@@ -142,7 +160,9 @@ def test_bad_pictures_stop_or_are_stood_in_for(tmp_path: Path) -> None:
         ("file:///etc/passwd", "must be local paths or http"),
     ],
 )
-def test_bad_addresses(urls: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_addresses(
+    urls: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
         Shards(urls)
@@ -163,7 +183,9 @@ TEARS: dict[str, Callable[[bytes, int], bytes]] = {
     "between two members": lambda whole, at: whole[:at],
     "inside a header": lambda whole, at: whole[: at + 100],
     "inside a picture": lambda whole, at: whole[: at + 600],
-    "a damaged header": lambda whole, at: whole[:at] + random.Random(0).randbytes(512) + whole[at + 512 :],
+    "a damaged header": lambda whole, at: (
+        whole[:at] + random.Random(0).randbytes(512) + whole[at + 512 :]
+    ),
     "a header of zeros": lambda whole, at: whole[:at] + bytes(512) + whole[at + 512 :],
     "one block of zeros": lambda whole, at: whole[:at] + bytes(512),
     "a gz cut short": lambda whole, at: gzip.compress(whole)[:-300],
@@ -175,7 +197,9 @@ TEARS: dict[str, Callable[[bytes, int], bytes]] = {
 
 @pytest.mark.parametrize("tear", TEARS)
 @pytest.mark.usefixtures("no_pauses")
-def test_a_torn_shard_is_named_and_its_count_is_not_kept(tear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_shard_is_named_and_its_count_is_not_kept(
+    tear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     urls = write_shards(tmp_path / "s")
     data = dataset(urls, tmp_path, sample=7)  # of the first shard
     shard = tmp_path / "s" / "x-3.tar"
@@ -188,12 +212,18 @@ def test_a_torn_shard_is_named_and_its_count_is_not_kept(tear: str, tmp_path: Pa
         [stream.batch(n) for n in range(0, 8 * 60, 8)]
     stream.close()
     assert opened.count(str(shard)) >= streams.TRIES
-    assert not [path for path in (tmp_path / "cache").glob("shards-*.json") if str(shard) in path.read_text()]
+    assert not [
+        path
+        for path in (tmp_path / "cache").glob("shards-*.json")
+        if str(shard) in path.read_text()
+    ]
 
 
 def gnu_tar(folder: Path, *options: str) -> bytes:
     names = sorted(path.name for path in folder.iterdir())
-    return subprocess.run(["tar", "-c", *options, "-C", str(folder), *names], check=True, capture_output=True).stdout
+    return subprocess.run(
+        ["tar", "-c", *options, "-C", str(folder), *names], check=True, capture_output=True
+    ).stdout
 
 
 def test_sound_archives_of_every_writer_are_read(tmp_path: Path) -> None:
@@ -207,7 +237,10 @@ def test_sound_archives_of_every_writer_are_read(tmp_path: Path) -> None:
             file = archive.extractfile(member)
             assert file is not None
             parts[member.name] = file.read()
-    made: dict[str, bytes] = {"a.tar.gz": gzip.compress(source.read_bytes()), "a.tar.bz2": bz2.compress(source.read_bytes())}
+    made: dict[str, bytes] = {
+        "a.tar.gz": gzip.compress(source.read_bytes()),
+        "a.tar.bz2": bz2.compress(source.read_bytes()),
+    }
     long = "BZh" + "n" * 150 + "/"  # longer than a header has room for
     for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = io.BytesIO()
@@ -220,18 +253,26 @@ def test_sound_archives_of_every_writer_are_read(tmp_path: Path) -> None:
     for name in ("w.tar", "w.tar.gz", "w.tar.bz2"):
         with TarWriter(str(tmp_path / name), encoder=False) as writer:
             for key in sorted({Path(name).stem for name in parts}):
-                writer.write({"__key__": key, "png": parts[f"{key}.png"], "cls": parts[f"{key}.cls"]})
+                writer.write(
+                    {"__key__": key, "png": parts[f"{key}.png"], "cls": parts[f"{key}.cls"]}
+                )
         made[name] = (tmp_path / name).read_bytes()
     if shutil.which("tar"):
         for name, content in parts.items():
             (tmp_path / "files").mkdir(exist_ok=True)
             (tmp_path / "files" / name).write_bytes(content)
-        made |= {f"tar{options}.tar": gnu_tar(tmp_path / "files", *options) for options in ((), ("-b", "1"), ("-b", "200"))}
+        made |= {
+            f"tar{options}.tar": gnu_tar(tmp_path / "files", *options)
+            for options in ((), ("-b", "1"), ("-b", "200"))
+        }
     want = sorted((parts[f"{i:04d}.png"], i % 3) for i in range(7, 19))
     for name, content in made.items():
         (tmp_path / name).write_bytes(content)
         shards = Shards(str(tmp_path / name), 16, classes=3)
-        assert sorted((picture, label) for _, picture, label in shards.samples(str(tmp_path / name))) == want, name
+        assert (
+            sorted((picture, label) for _, picture, label in shards.samples(str(tmp_path / name)))
+            == want
+        ), name
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -244,7 +285,12 @@ def test_a_tiny_shard_takes_little_memory(tmp_path: Path, monkeypatch: pytest.Mo
         content = sound.read()
     for kind in ("gz", "bz2"):
         with tarfile.open(tmp_path / "bomb.tar", f"w:{kind}") as archive:
-            for name, size in (("0.png", 50_000_000), ("1.mp4", 50_000_000), ("2.jpg", 600_000), ("2.png", 600_000)):
+            for name, size in (
+                ("0.png", 50_000_000),
+                ("1.mp4", 50_000_000),
+                ("2.jpg", 600_000),
+                ("2.png", 600_000),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = size
                 archive.addfile(member, io.BytesIO(bytes(size)))
@@ -288,7 +334,10 @@ def gnu_sparse() -> bytes:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (headers(GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="9" * 12), "sparse"),
+        (
+            headers(GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="9" * 12),
+            "sparse",
+        ),
         (headers(GNU_sparse_map="0,1", GNU_sparse_realsize="9" * 12), "sparse"),
         (headers(GNU_sparse_size="9" * 12), "sparse"),
         (gnu_sparse(), "sparse"),
@@ -306,7 +355,9 @@ def test_what_would_take_much_memory_is_refused(content: bytes, says: str, tmp_p
 
 def test_a_drive_of_windows_is_no_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "is_file", lambda self: str(self).replace(os.sep, "/").startswith("C:/shards/"))
+    monkeypatch.setattr(
+        Path, "is_file", lambda self: str(self).replace(os.sep, "/").startswith("C:/shards/")
+    )
     assert Shards("C:/shards/x-{0..1}.tar").urls == ["C:/shards/x-0.tar", "C:/shards/x-1.tar"]
 
 
@@ -354,7 +405,11 @@ class Server:
                 elif answer in (200, "short"):
                     content = self.begin()
                     with contextlib.suppress(ConnectionError):
-                        self.wfile.write(content[: len(content) // 2 // 512 * 512] if answer == "short" else content)
+                        self.wfile.write(
+                            content[: len(content) // 2 // 512 * 512]
+                            if answer == "short"
+                            else content
+                        )
                 else:
                     self.send_error(answer)
 
@@ -416,7 +471,10 @@ def test_an_outage_is_waited_out_and_told_once(
     server.answer = lambda n: answer  # type: ignore[assignment,return-value]
     capsys.readouterr()
     says = r"x-\d.tar cannot be read .*; see to the server or disk"
-    with contextlib.closing(feed(data, tmp_path, seed=3)) as stream, pytest.raises(UserError, match=says):
+    with (
+        contextlib.closing(feed(data, tmp_path, seed=3)) as stream,
+        pytest.raises(UserError, match=says),
+    ):
         [stream.batch(n) for n in range(0, 400, 8)]
     assert capsys.readouterr().out.count("it is tried again for") == 1
 
@@ -424,7 +482,9 @@ def test_an_outage_is_waited_out_and_told_once(
 @pytest.mark.usefixtures("no_pauses")
 def test_what_is_not_there_is_not_waited_for(server: Server, tmp_path: Path) -> None:
     server.answer = lambda n: 404
-    with pytest.raises(UserError, match=r"x-0.tar cannot be read .*404.*; mend or leave out the shard"):
+    with pytest.raises(
+        UserError, match=r"x-0.tar cannot be read .*404.*; mend or leave out the shard"
+    ):
         dataset(server.urls, tmp_path)
     assert server.gets == streams.TRIES
 
@@ -461,7 +521,9 @@ def test_replaced_shards_of_a_server_are_noticed(says: str, server: Server, tmp_
     assert learned[server.urls.replace("{0..4}", "4")][0] == (7 if says == "etag" else 20)
 
 
-@pytest.mark.parametrize("start", [0, 392])  # the latter passes over shards, which are only looked at
+@pytest.mark.parametrize(
+    "start", [0, 392]
+)  # the latter passes over shards, which are only looked at
 @pytest.mark.parametrize("answer", [503, "hang"])
 def test_a_wait_for_data_can_be_ended(
     start: int, answer: object, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -474,35 +536,59 @@ def test_a_wait_for_data_can_be_ended(
     monkeypatch.setattr(streams, "PAUSES_S", (3600.0,))
     server.answer = lambda n: answer  # type: ignore[assignment,return-value]
     before = set(threading.enumerate())
-    stream = StreamFeed(data, 8, 1, CPU, (0, 1), tmp_path / "cache", end_wait=server.failing.is_set)
+    stream = ShardLoader(
+        data, 8, 1, CPU, (0, 1), tmp_path / "cache", end_wait=server.failing.is_set
+    )
     with contextlib.closing(stream), pytest.raises(Interrupted):
         stream.batch(start)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane-") and thread not in before]
+    assert not [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("lane-") and thread not in before
+    ]
 
 
 def test_a_run_without_data_saves_and_goes_on_to_the_last_bit(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["data=webdataset", f"data.urls='{server.urls}'", "data.classes=3", "data.sample=20", "size=xs"]
-    options += ["data.resolution=16", f"data.cache_dir={tmp_path / 'cache'}", "schedule_kimg=0.4", "checkpoint_kimg=1"]
-    tiny = [*options, *(o for o in TINY if "data" not in o and "kimg" not in o), "tick_kimg=0.04", "snapshot_kimg=0.4"]
+    options = [
+        "data=webdataset",
+        f"data.urls='{server.urls}'",
+        "data.classes=3",
+        "data.sample=20",
+        "size=xs",
+    ]
+    options += [
+        "data.resolution=16",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "schedule_kimg=0.4",
+        "checkpoint_kimg=1",
+    ]
+    tiny = [
+        *options,
+        *(o for o in TINY if "data" not in o and "kimg" not in o),
+        "tick_kimg=0.04",
+        "snapshot_kimg=0.4",
+    ]
     train_in_process(tmp_path / "whole", "total_kimg=0.4", tiny=tiny)
     cut = tmp_path / "cut"
 
-    wait, step, steps = streams.wait, vgan.train.train_step, []
+    wait, step, steps = streams.wait, vgan.training.train.train_step, []
 
     def counted(*args: Any) -> Any:
         steps.append(1)
         return step(*args)
 
-    def wait_and_stop(*args: object) -> object:  # a stop is asked for once data is waited for in vain
+    def wait_and_stop(
+        *args: object,
+    ) -> object:  # a stop is asked for once data is waited for in vain
         done, left = wait(*args)  # type: ignore[arg-type]
         if left and server.failing.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
         return done, left
 
     monkeypatch.setattr(streams, "wait", wait_and_stop)
-    monkeypatch.setattr(vgan.train, "train_step", counted)
+    monkeypatch.setattr(vgan.training.train, "train_step", counted)
     server.answer = lambda n: 200 if len(steps) < 3 else 503
     with pytest.raises(Stopped) as stopped:
         train_in_process(cut, "total_kimg=0.4", tiny=tiny)

@@ -13,11 +13,11 @@ from test_cli import Cli, size_of
 
 from vgan import cli
 from vgan.data.folder import Folder
+from vgan.data.packed import pack
 from vgan.data.shapes import Shapes
 from vgan.data.source import Source
-from vgan.data.store import pack
-from vgan.data.stream import Shards
 from vgan.data.survey import duplicates, evenly, survey
+from vgan.data.webdataset import Shards
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def mess(tmp_path: Path) -> Path:
     ):  # fmt: skip
         path = folder / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(1, 256, (size[1], size[0], 3), np.uint8)).convert(mode).save(path)
+        Image.fromarray(rng.integers(1, 256, (size[1], size[0], 3), np.uint8)).convert(mode).save(
+            path
+        )
     Image.open(folder / "cats/a.png").save(folder / "dogs/copy.bmp")
     (folder / "cats/text.png").write_text("no picture")
     (folder / "dogs/cut.png").write_bytes((folder / "cats/b.png").read_bytes()[:900])
@@ -67,7 +69,9 @@ def test_survey_counts_what_is_there(mess: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["shapes", "npy", "folder"])
-def test_digest_is_that_of_the_packed_data(tmp_path: Path, pictures_npy: Path, mess: Path, kind: str) -> None:
+def test_digest_is_that_of_the_packed_data(
+    tmp_path: Path, pictures_npy: Path, mess: Path, kind: str
+) -> None:
     sources = {"shapes": lambda: Shapes(16, 60), "npy": lambda: Folder(str(pictures_npy), 16)}
     source: Source = sources.get(kind, lambda: Folder(str(mess), 16, "folders", skip_bad=True))()
     assert survey(source).digest == pack(source, tmp_path / "cache").digest
@@ -90,7 +94,10 @@ def test_jpegs_are_told_at_their_stored_size(tmp_path: Path) -> None:
 
 def test_duplicates_of_arrays() -> None:
     images = np.arange(4, dtype=np.uint8)[[0, 1, 0, 2, 0, 1], None, None, None].repeat(3, 1)
-    assert duplicates(images) == [["picture 0", "picture 2", "picture 4"], ["picture 1", "picture 5"]]
+    assert duplicates(images) == [
+        ["picture 0", "picture 2", "picture 4"],
+        ["picture 1", "picture 5"],
+    ]
 
 
 def test_info_and_its_sheet(run: Cli, mess: Path) -> None:
@@ -98,16 +105,33 @@ def test_info_and_its_sheet(run: Cli, mess: Path) -> None:
     code, out, err = run(cli.data_main, "info", *argv, "sheet=sheets/contact.png")
     assert (code, err) == (0, "")
     assert all(len(line) <= 80 for line in out.splitlines() if "mess" not in line)
-    for text in ("7 pictures (2 unreadable", "squares of 16 px in RGB", "8 x 50 to 100 x 90 px", "RGB 3", "cats 2, dogs 3"):
+    for text in (
+        "7 pictures (2 unreadable",
+        "squares of 16 px in RGB",
+        "8 x 50 to 100 x 90 px",
+        "RGB 3",
+        "cats 2, dogs 3",
+    ):
         assert text in out
     assert re.search(r"duplicates  1 .*cats/a.png = dogs/copy.bmp", out)
-    assert size_of("sheets/contact.png") == (128 + 12 * 64, 2 * 64)  # a row for each class, its name on the left
-    assert run(cli.data_main, *argv, "do=info")[1] == out.replace("sheet       sheets/contact.png\n", "")
+    assert size_of("sheets/contact.png") == (
+        128 + 12 * 64,
+        2 * 64,
+    )  # a row for each class, its name on the left
+    assert run(cli.data_main, *argv, "do=info")[1] == out.replace(
+        "sheet       sheets/contact.png\n", ""
+    )
     assert {p.name for p in Path().iterdir()} == {"mess", "sheets"}  # nothing else is written
 
 
 def test_sheet_without_classes_and_in_grey(run: Cli, pictures_npy: Path) -> None:
-    argv = ["data=folder", f"data.path={pictures_npy}", "data.labels=none", "data.channels=1", "data.resolution=16"]
+    argv = [
+        "data=folder",
+        f"data.path={pictures_npy}",
+        "data.labels=none",
+        "data.channels=1",
+        "data.resolution=16",
+    ]
     assert run(cli.data_main, "info", *argv, "sheet=c.png")[0] == 0
     with Image.open("c.png") as sheet:
         assert (sheet.mode, sheet.size) == ("L", (12 * 64, 4 * 64))
@@ -120,7 +144,10 @@ def test_check_lists_problem_files_and_fails_for_unreadable_ones(run: Cli, mess:
     lines = out.splitlines()
     assert lines[0] == "unreadable  cats/text.png (not a picture)"
     assert lines[1].startswith("unreadable  dogs/cut.png (")
-    assert lines[2:4] == ["enlarged    dogs/d.bmp (8 x 50)", "duplicate   dogs/copy.bmp = cats/a.png"]
+    assert lines[2:4] == [
+        "enlarged    dogs/d.bmp (8 x 50)",
+        "duplicate   dogs/copy.bmp = cats/a.png",
+    ]
     for name in ("cats/text.png", "dogs/cut.png"):
         (mess / name).unlink()
     code, out, _ = run(cli.data_main, "check", *argv)
@@ -130,14 +157,26 @@ def test_check_lists_problem_files_and_fails_for_unreadable_ones(run: Cli, mess:
 
 def test_check_lists_at_most_twenty_of_a_kind(run: Cli, tmp_path: Path) -> None:
     np.save(tmp_path / "same.npy", np.zeros((30, 16, 16), np.uint8))
-    code, out, _ = run(cli.data_main, "check", "data=folder", f"data.path={tmp_path}/same.npy", "data.resolution=16")
+    code, out, _ = run(
+        cli.data_main,
+        "check",
+        "data=folder",
+        f"data.path={tmp_path}/same.npy",
+        "data.resolution=16",
+    )
     assert code == 0
     assert len(re.findall(r"^duplicate +same.npy", out, re.M)) == 20
     assert "duplicate   and 9 more\n" in out
 
 
 def test_pack_makes_what_training_opens(run: Cli, tmp_path: Path) -> None:
-    argv = ["pack", "data=shapes", "data.size=40", "data.resolution=16", f"data.cache_dir={tmp_path / 'c'}"]
+    argv = [
+        "pack",
+        "data=shapes",
+        "data.size=40",
+        "data.resolution=16",
+        f"data.cache_dir={tmp_path / 'c'}",
+    ]
     code, out, _ = run(cli.data_main, *argv)
     assert code == 0
     assert "shapes: 40 pictures of 16 px" in out
@@ -152,8 +191,17 @@ def test_a_stream_is_looked_at_by_its_sample(run: Cli, tmp_path: Path) -> None:
         for i in range(6):
             Image.new("RGB", (20 + i, 30), (40 * i, 0, 0)).save(tmp_path / f"{i:03d}.png")
             tar.add(tmp_path / f"{i:03d}.png", f"{i:03d}.png")
-    assert survey(Shards(str(tmp_path / "x.tar"), 16, sample=4)).sizes.keys() == {(20 + i, 30) for i in range(4)}
-    code, out, _ = run(cli.data_main, "info", "data=webdataset", "data.urls=x.tar", "data.resolution=16", "data.sample=4")
+    assert survey(Shards(str(tmp_path / "x.tar"), 16, sample=4)).sizes.keys() == {
+        (20 + i, 30) for i in range(4)
+    }
+    code, out, _ = run(
+        cli.data_main,
+        "info",
+        "data=webdataset",
+        "data.urls=x.tar",
+        "data.resolution=16",
+        "data.sample=4",
+    )
     assert code == 0
     assert "the first of 1 shards" in out
     assert "stream: 4 pictures" in out
@@ -179,7 +227,14 @@ def test_errors_are_one_line(run: Cli, argv: list[str], code: int, says: str) ->
 
 
 def test_training_keys_and_experiments_are_taken_too(run: Cli, pictures_npy: Path) -> None:
-    code, out, err = run(cli.data_main, "info", "experiment=few", f"data.path={pictures_npy}", "data.resolution=16", "size=m")
+    code, out, err = run(
+        cli.data_main,
+        "info",
+        "experiment=few",
+        f"data.path={pictures_npy}",
+        "data.resolution=16",
+        "size=m",
+    )
     assert code == 0, err
     assert "40 pictures" in out
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from runs import assert_same_run, start, train_in_process
 
-from vgan import checkpoint
-from vgan.controls import usual_gamma
-from vgan.stopping import RESTART, StopRequest
-from vgan.train import due
+from vgan.runs import checkpoint
+from vgan.runtime.signals import RESTART, StopRequest
+from vgan.training.controls import default_gamma
+from vgan.training.train import due
 
 
 def wait_for(run_dir: Path, cur_nimg: int, process: "subprocess.Popen[str]") -> None:
@@ -48,9 +48,15 @@ def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
-def test_a_signal_saves_at_the_next_step_and_the_same_command_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_signal_saves_at_the_next_step_and_the_same_command_ends_as_if_nothing_had_happened(
+    tmp_path: Path,
+) -> None:
     whole = start(tmp_path / "whole")
-    for number, after in (("SIGINT", 40), ("SIGTERM", 120), ("SIGUSR1", 200)):  # each later than where the one before stopped
+    for number, after in (
+        ("SIGINT", 40),
+        ("SIGTERM", 120),
+        ("SIGUSR1", 200),
+    ):  # each later than where the one before stopped
         process = start(tmp_path / "r")
         wait_for(tmp_path / "r", after, process)
         process.send_signal(getattr(signal, number))
@@ -87,26 +93,49 @@ def test_the_end_of_a_terminal_saves_unless_nohup_says_otherwise() -> None:
 
 def test_due_does_not_need_intervals_to_divide() -> None:
     counts = range(64, 1000, 64)
-    assert [n for n in counts if due(0.1, n - 64, n)] == [128, 256, 320, 448, 512, 640, 704, 832, 960]
+    assert [n for n in counts if due(0.1, n - 64, n)] == [
+        128,
+        256,
+        320,
+        448,
+        512,
+        640,
+        704,
+        832,
+        960,
+    ]
     assert not due(1, 0, 999)
     assert due(1, 999, 1000)
 
 
 def test_evaluation_in_a_run_keeps_the_best(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = ["eval_kimg=0.032", "eval.n=32", "eval.metrics=[fid,kid]", "features.train_kimg=0.1", "total_kimg=0.096"]
+    overrides = [
+        "eval_kimg=0.032",
+        "eval.n=32",
+        "eval.metrics=[fid,kid]",
+        "features.train_kimg=0.1",
+        "total_kimg=0.096",
+    ]
     train_in_process(run_dir, *overrides)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["cur_nimg"] for line in lines] == [32, 64, 96]
-    assert [line["best"] for line in lines] == [min(line["fid"] for line in lines[: i + 1]) for i in range(3)]
+    assert [line["best"] for line in lines] == [
+        min(line["fid"] for line in lines[: i + 1]) for i in range(3)
+    ]
     best = checkpoint.load(run_dir / "best.pt")
     assert best["cur_nimg"] == min(lines, key=lambda line: line["fid"])["cur_nimg"]
     assert best["metrics"]["fid"] == lines[-1]["best"]
     stats = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    assert [tick["metrics/fid"] for tick in stats if "metrics/fid" in tick] == [line["fid"] for line in lines]
+    assert [tick["metrics/fid"] for tick in stats if "metrics/fid" in tick] == [
+        line["fid"] for line in lines
+    ]
     # the same command, longer, knows what was best before
     train_in_process(run_dir, *overrides[:-1], "total_kimg=0.128")
-    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["best"] <= lines[-1]["best"]
+    assert (
+        json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["best"]
+        <= lines[-1]["best"]
+    )
 
 
 def test_augmentation_and_gamma_that_follow_the_run_are_written_and_resumed(tmp_path: Path) -> None:
@@ -126,7 +155,10 @@ def test_augmentation_and_gamma_that_follow_the_run_are_written_and_resumed(tmp_
     ticks = [json.loads(line) for line in (whole / "stats.jsonl").read_text().splitlines()]
     assert 0.5 < ticks[-1]["augment_p"] < 1
     assert ticks[0]["augment_p"] < ticks[-1]["augment_p"]
-    scheduled = [usual_gamma(16, 8)[0] * (0.75 + 0.25 * math.cos(math.pi * t["cur_nimg"] / 400)) for t in ticks]
+    scheduled = [
+        default_gamma(16, 8)[0] * (0.75 + 0.25 * math.cos(math.pi * t["cur_nimg"] / 400))
+        for t in ticks
+    ]
     ratios = [t["gamma"] / s for t, s in zip(ticks, scheduled)]
     assert ratios[0] == pytest.approx(1, abs=0.1)
     assert max(ratios) > 1.001  # corrected by what was seen
@@ -135,9 +167,13 @@ def test_augmentation_and_gamma_that_follow_the_run_are_written_and_resumed(tmp_
 
 def test_held_out_logits_are_watched(tmp_path: Path) -> None:
     train_in_process(tmp_path / "run", "holdout=20", "total_kimg=0.08")
-    ticks = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    ticks = [
+        json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()
+    ]
     for tick in ticks:
-        assert tick["logits/gap"] == pytest.approx(tick["logits/trained_on"] - tick["logits/held_out"], abs=1e-6)
+        assert tick["logits/gap"] == pytest.approx(
+            tick["logits/trained_on"] - tick["logits/held_out"], abs=1e-6
+        )
     assert ticks[-1]["logits/held_out"] != 0
 
 

@@ -9,7 +9,7 @@ __all__ = ["__version__", "load_generator"]
 def __getattr__(name: str) -> Any:
     # Resolved on first use, so that `import vgan` stays cheap and touches no global state of torch.
     if name == "load_generator":
-        from vgan.drawing import load_generator
+        from vgan.inference.load import load_generator
 
         return load_generator
     raise AttributeError(f"module 'vgan' has no attribute {name!r}")

@@ -27,10 +27,7 @@ from vgan.config import (
     SampleConfig,
     TrainConfig,
 )
-from vgan.console import forgiving_console
-from vgan.errors import UserError, is_out_of_memory
-from vgan.stopping import Stopped, expect_stops, remember_interrupts, was_interrupted, was_training
-from vgan.usage import (
+from vgan.help import (
     DATA_INTRO,
     DEMO_INTRO,
     DOCTOR_INTRO,
@@ -41,6 +38,16 @@ from vgan.usage import (
     TRAIN_INTRO,
     help_text,
     usage_line,
+)
+from vgan.runtime.console import ignore_write_errors
+from vgan.runtime.errors import UserError, is_out_of_memory
+from vgan.runtime.renamed import upgrade_override
+from vgan.runtime.signals import (
+    Stopped,
+    expect_stops,
+    remember_interrupts,
+    was_interrupted,
+    was_training,
 )
 
 _STORE = ConfigStore.instance()
@@ -55,7 +62,7 @@ _STORE.store(name="demo_schema", node=DemoConfig)
 
 def train_main() -> None:
     """vgan-train"""
-    with expect_stops(), forgiving_console():
+    with expect_stops(), ignore_write_errors():
         _open("vgan-train", TrainConfig, _train, TRAIN_INTRO)
 
 
@@ -98,7 +105,9 @@ def demo_main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def _train(cfg: DictConfig) -> None:
-    from vgan.train import train  # after the command line was understood: torch imports slowly
+    from vgan.training.train import (
+        train,  # after the command line was understood: torch imports slowly
+    )
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_dir = f"{cfg.run_dir}/{_sweep_name(sys.argv[1:], HydraConfig.get().overrides.task)}"
@@ -116,7 +125,7 @@ def _sweep_name(argv: Sequence[str], job: Sequence[str]) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="sample")
 def _sample(cfg: DictConfig) -> None:
-    from vgan.sample import sample
+    from vgan.inference.sample import sample
 
     with _one_line_errors("vgan-sample", SampleConfig):
         sample(cfg)
@@ -124,7 +133,7 @@ def _sample(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="eval")
 def _evaluate(cfg: DictConfig) -> None:
-    from vgan.evaluate import evaluate
+    from vgan.evaluation.evaluate import evaluate
 
     with _one_line_errors("vgan-eval", EvalConfig):
         evaluate(cfg)
@@ -132,7 +141,7 @@ def _evaluate(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="export")
 def _export(cfg: DictConfig) -> None:
-    from vgan.export import export
+    from vgan.inference.export import export
 
     with _one_line_errors("vgan-export", ExportConfig):
         export(cfg)
@@ -140,7 +149,7 @@ def _export(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="report")
 def _report(cfg: DictConfig) -> None:
-    from vgan.report import report
+    from vgan.apps.report import report
 
     with _one_line_errors("vgan-report", ReportConfig):
         report(cfg, compose_train)
@@ -157,7 +166,7 @@ def compose_train(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def _doctor(cfg: DictConfig) -> None:
-    from vgan.doctor import doctor
+    from vgan.apps.doctor import doctor
 
     with _one_line_errors("vgan-doctor", TrainConfig):
         found_by = [word for word in sys.argv[1:] if word.startswith("--config-dir=")]
@@ -166,7 +175,7 @@ def _doctor(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="data")
 def _data(cfg: DictConfig) -> None:
-    from vgan.datasets import data
+    from vgan.apps.datasets import data
 
     with _one_line_errors("vgan-data", DataConfig):
         sys.exit(data(cfg))
@@ -174,7 +183,7 @@ def _data(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="demo")
 def _demo(cfg: DictConfig) -> None:
-    from vgan.demo import demo
+    from vgan.apps.demo import demo
 
     with _one_line_errors("vgan-demo", DemoConfig):
         demo(cfg)
@@ -189,11 +198,22 @@ def _open(program: str, schema: type, room: Callable[[], None], intro: str) -> N
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(schema, intro))
         return
-    sys.argv[1:] = [_with_readable_path(word) for word in sys.argv[1:]]
+    sys.argv[1:] = [_with_readable_path(_with_current_name(word)) for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here
     remember_interrupts()
     with _one_line_errors(program, schema):
         room()
+
+
+def _with_current_name(word: str) -> str:
+    """Return KEY=VALUE with the current names; a line on stderr names what changed."""
+    current = upgrade_override(word)
+    if current != word:
+        print(
+            f"{word} is now called {current}; the old name goes with the next release",
+            file=sys.stderr,
+        )
+    return current
 
 
 def _with_readable_path(word: str) -> str:
@@ -226,19 +246,36 @@ def _one_line_errors(program: str, schema: type) -> Iterator[None]:
         if "Config group override" not in str(e) and not was_interrupted():
             raise
         _fail(program, usage_line(e, sys.argv[1:], schema), 2)
-    except (TypeError, AttributeError, LookupError, AssertionError) as e:  # Hydra stumbles over such as model=[1,2]
+    except (
+        TypeError,
+        AttributeError,
+        LookupError,
+        AssertionError,
+    ) as e:  # Hydra stumbles over such as model=[1,2]
         if not _is_hydras(e) and not was_interrupted():
             raise
-        _fail(program, f"{' '.join(sys.argv[1:])}: cannot be understood; give KEY=VALUE, with GROUP=OPTION for groups", 2)
+        _fail(
+            program,
+            f"{' '.join(sys.argv[1:])}: cannot be understood; give KEY=VALUE, with GROUP=OPTION for groups",
+            2,
+        )
     except KeyboardInterrupt:
         _fail(program, "stopped", 130)
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""
-        _fail(program, f"{place}{e.strerror or e}; free space or choose another folder, then the same command goes on", 1)
+        _fail(
+            program,
+            f"{place}{e.strerror or e}; free space or choose another folder, then the same command goes on",
+            1,
+        )
     except (MemoryError, RuntimeError, ImportError, SystemError) as e:
         if not is_out_of_memory(e) and not was_interrupted():
             raise
-        smaller = "size=s or size=xs, or a lower data.resolution" if program == "vgan-train" else "or fewer pictures"
+        smaller = (
+            "size=s or size=xs, or a lower data.resolution"
+            if program == "vgan-train"
+            else "or fewer pictures"
+        )
         _fail(program, f"out of memory; try a smaller batch_size, {smaller}", 1)
     except Stopped as e:
         print(f"{program}: {e.text}")
@@ -250,11 +287,19 @@ def _is_hydras(e: BaseException) -> bool:
     at = e.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    return at is not None and str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] in ("hydra", "omegaconf", "antlr4")
+    return at is not None and str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] in (
+        "hydra",
+        "omegaconf",
+        "antlr4",
+    )
 
 
 def _fail(program: str, text: str, code: int) -> None:
     if code == 130 or was_interrupted():  # what else went wrong followed from it
-        code, text = 130, "stopped at once" + ("; the same command goes on from the last checkpoint" if was_training() else "")
+        code, text = (
+            130,
+            "stopped at once"
+            + ("; the same command goes on from the last checkpoint" if was_training() else ""),
+        )
     print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)

@@ -20,7 +20,7 @@ from vgan.data.source import (
     natural_key,
     to_square_uint8,
 )
-from vgan.errors import UserError
+from vgan.runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _RULES = 2  # counts up with every change to how a picture becomes a square, so that packed ones are made anew
@@ -35,14 +35,23 @@ class Folder(Source):
     passed over. Raises UserError where nothing can be trained on.
     """
 
-    def __init__(self, path: str, resolution: int = 64, labels: str = "auto", channels: int = 3, skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        resolution: int = 64,
+        labels: str = "auto",
+        channels: int = 3,
+        skip_bad: bool = False,
+    ) -> None:
         check_image_settings(resolution, channels)
         self.img_resolution, self.img_channels, self.skip_bad = resolution, channels, skip_bad
         self._path = Path(path).expanduser()
         self._shown = f"data.path={path}"
         self.name = "".join(ch if ch.isalnum() else "-" for ch in self._path.stem)[:40] or "folder"
         self._array: np.ndarray | None = None
-        self._members: list[str] = []  # names below path, '/'-separated, in the order of the data set
+        self._members: list[
+            str
+        ] = []  # names below path, '/'-separated, in the order of the data set
         self._local = threading.local()  # an open zip for every thread
         if self._path.is_dir():
             self._members = self._list_folder()
@@ -51,11 +60,19 @@ class Folder(Source):
         elif self._path.suffix.lower() == ".zip" and self._path.is_file():
             self._members = self._list_zip()
         else:
-            rule = "no such folder or file" if not self._path.exists() else "neither a folder nor a .zip nor a .npy"
-            raise UserError(f"{self._shown}: {rule}; give a folder of pictures, a .zip of them or a .npy of uint8 (N, H, W, C)")
+            rule = (
+                "no such folder or file"
+                if not self._path.exists()
+                else "neither a folder nor a .zip nor a .npy"
+            )
+            raise UserError(
+                f"{self._shown}: {rule}; give a folder of pictures, a .zip of them or a .npy of uint8 (N, H, W, C)"
+            )
         if len(self) < 2:
             found = "no pictures" if not len(self) else "only one picture"
-            raise UserError(f"{self._shown}: holds {found} ({', '.join(sorted(SUFFIXES))}); training needs at least 2")
+            raise UserError(
+                f"{self._shown}: holds {found} ({', '.join(sorted(SUFFIXES))}); training needs at least 2"
+            )
         self._labels = self._find_labels(labels)
 
     def __len__(self) -> int:
@@ -83,7 +100,9 @@ class Folder(Source):
         return Examined(name, image.size, image.mode, "array", pixels, label)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{_RULES} {self.img_resolution} {self.img_channels} {self.skip_bad} {self.label_names}".encode())
+        digest = hashlib.sha256(
+            f"{_RULES} {self.img_resolution} {self.img_channels} {self.skip_bad} {self.label_names}".encode()
+        )
         if self._path.is_dir():
             for name in self._members:
                 try:
@@ -91,7 +110,11 @@ class Folder(Source):
                 except OSError:  # a link to nothing; reading it will say so
                     digest.update(f"{name} -\n".encode(errors="surrogateescape"))
                     continue
-                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+                digest.update(
+                    f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(
+                        errors="surrogateescape"
+                    )
+                )
         else:
             status = self._path.stat()
             digest.update(f"{self._path.name} {status.st_size} {status.st_mtime_ns}".encode())
@@ -108,15 +131,25 @@ class Folder(Source):
                 continue
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(f for f in folders if not f.startswith("."))
-            names += [(Path(folder) / f).relative_to(self._path).as_posix() for f in files if _is_picture(f)]
+            names += [
+                (Path(folder) / f).relative_to(self._path).as_posix()
+                for f in files
+                if _is_picture(f)
+            ]
         return sorted(names, key=natural_key)
 
     def _list_zip(self) -> list[str]:
         try:
             with zipfile.ZipFile(self._path) as archive:
-                names = [n for n in archive.namelist() if _is_picture(PurePosixPath(n).name) and "__MACOSX" not in n]
+                names = [
+                    n
+                    for n in archive.namelist()
+                    if _is_picture(PurePosixPath(n).name) and "__MACOSX" not in n
+                ]
         except UNREADABLE as e:
-            raise UserError(f"{self._shown}: not a readable zip ({e}); make it anew or unpack it and give the folder") from e
+            raise UserError(
+                f"{self._shown}: not a readable zip ({e}); make it anew or unpack it and give the folder"
+            ) from e
         return sorted(names, key=natural_key)
 
     def _open_array(self, path: Path) -> np.ndarray:
@@ -125,10 +158,18 @@ class Folder(Source):
             if not isinstance(array, np.ndarray):
                 raise ValueError("several arrays in one file")
         except UNREADABLE as e:
-            raise UserError(f"{self._shown}: not a readable .npy ({e}); save it with numpy.save") from e
-        if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
+            raise UserError(
+                f"{self._shown}: not a readable .npy ({e}); save it with numpy.save"
+            ) from e
+        if (
+            array.dtype != np.uint8
+            or array.ndim not in (3, 4)
+            or (array.ndim == 4 and array.shape[3] not in (1, 3, 4))
+        ):
             got = f"{array.dtype} {array.shape}"
-            raise UserError(f"{self._shown}: holds {got}; must be uint8 (N, H, W, C) with C of 1, 3 or 4, or uint8 (N, H, W)")
+            raise UserError(
+                f"{self._shown}: holds {got}; must be uint8 (N, H, W, C) with C of 1, 3 or 4, or uint8 (N, H, W)"
+            )
         return array
 
     def _content(self, name: str) -> bytes:
@@ -167,12 +208,22 @@ class Folder(Source):
                 raise ValueError("several arrays in one file")
         except UNREADABLE as e:
             reason = "no such file" if not path.exists() else "not a readable .npy"
-            raise UserError(f"{shown}: {reason}; give auto, none, folders or an integer .npy (N,)") from e
-        if array.shape != (len(self),) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0:
+            raise UserError(
+                f"{shown}: {reason}; give auto, none, folders or an integer .npy (N,)"
+            ) from e
+        if (
+            array.shape != (len(self),)
+            or not np.issubdtype(array.dtype, np.integer)
+            or array.min() < 0
+        ):
             got = f"{array.dtype} {array.shape}"
-            raise UserError(f"{shown}: holds {got}; must be whole numbers from 0, one for each of the {len(self)} pictures")
+            raise UserError(
+                f"{shown}: holds {got}; must be whole numbers from 0, one for each of the {len(self)} pictures"
+            )
         if array.max() >= 10_000:
-            raise UserError(f"{shown}: has label {array.max()}; classes are numbered from 0 without large gaps, up to 9999")
+            raise UserError(
+                f"{shown}: has label {array.max()}; classes are numbered from 0 without large gaps, up to 9999"
+            )
         self.label_names = tuple(str(i) for i in range(int(array.max()) + 1))
         return array.astype(np.int64)
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from vgan.data.source import Source, check_image_settings
-from vgan.errors import UserError
-from vgan.randomness import integers, uniform
+from vgan.runtime.errors import UserError
+from vgan.runtime.rng import integers, uniform
 
 SHAPE_NAMES = ("circle", "square", "triangle", "star", "plus", "ring", "crescent", "heart")
 COLOURS = {
@@ -49,7 +49,10 @@ def _star(r: np.ndarray, angle: np.ndarray) -> np.ndarray:
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A square standing on its corner with two half discs on its upper sides: exact where it matters, near the outline."""
     half, x, y = 0.52, np.abs(x), 0.1 - y  # half the square's side; y upwards
-    u, v = (x + y) / math.sqrt(2), (x - y) / math.sqrt(2)  # along the upper right side, and across it
+    u, v = (
+        (x + y) / math.sqrt(2),
+        (x - y) / math.sqrt(2),
+    )  # along the upper right side, and across it
     square = np.maximum(np.abs(u), np.abs(v)) - half
     disc = np.hypot(u - half, v) - half
     return np.minimum(square, disc)
@@ -77,7 +80,14 @@ def outline(shape: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _heart(x, y)
 
 
-def coverage(shape: np.ndarray, cx: np.ndarray, cy: np.ndarray, radius: np.ndarray, turn: np.ndarray, size: int) -> np.ndarray:
+def coverage(
+    shape: np.ndarray,
+    cx: np.ndarray,
+    cy: np.ndarray,
+    radius: np.ndarray,
+    turn: np.ndarray,
+    size: int,
+) -> np.ndarray:
     """How much of each pixel of N pictures a shape covers: (N, size, size) float32 in [0, 1]. Lengths in pixels, turn in
     radians."""
     at = np.arange(size, dtype=np.float32) + 0.5
@@ -110,8 +120,12 @@ class Shapes(Source):
         return self._size
 
     def fingerprint(self) -> str:
-        drawn = hashlib.sha256(self.render(np.arange(16))[0].tobytes()).hexdigest()  # changes with the drawing
-        return hashlib.sha256(f"{self.img_resolution} {self._size} {self._seed} {drawn}".encode()).hexdigest()
+        drawn = hashlib.sha256(
+            self.render(np.arange(16))[0].tobytes()
+        ).hexdigest()  # changes with the drawing
+        return hashlib.sha256(
+            f"{self.img_resolution} {self._size} {self._seed} {drawn}".encode()
+        ).hexdigest()
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
         with _DRAWING:  # so that a block is drawn once, not once by each thread
@@ -141,7 +155,9 @@ class Reading:
 
     shape: np.ndarray  # int64 (N,), -1 where no shape is recognisable
     colour: np.ndarray  # int64 (N,), -1 where no colour is
-    score: np.ndarray  # float32 (N,): overlap of the picture with the best shape it could be, 1 is perfect
+    score: (
+        np.ndarray
+    )  # float32 (N,): overlap of the picture with the best shape it could be, 1 is perfect
 
 
 class Oracle:
@@ -156,7 +172,11 @@ class Oracle:
     def __init__(self, resolution: int, threshold: float = 0.75, step_degrees: float = 6.0) -> None:
         self._size, self._threshold = resolution, threshold
         period = {"circle": 0, "ring": 0, "square": 90, "plus": 90, "triangle": 120, "star": 72}
-        turns = [(k, t) for k, name in enumerate(SHAPE_NAMES) for t in np.arange(0, max(1, period.get(name, 360)), step_degrees)]
+        turns = [
+            (k, t)
+            for k, name in enumerate(SHAPE_NAMES)
+            for t in np.arange(0, max(1, period.get(name, 360)), step_degrees)
+        ]
         self._kinds = np.array([k for k, _ in turns])
         self._turns = np.radians([t for _, t in turns])
         fine, n = 128, len(SHAPE_NAMES)
@@ -199,7 +219,9 @@ class Oracle:
         if not fits.any():
             return -1, 0.0
         cx, cy = (m - radius * mass for m, mass in ((mx, self._mass_x), (my, self._mass_y)))
-        could = coverage(self._kinds[fits], cx[fits], cy[fits], radius[fits], self._turns[fits], self._size)
+        could = coverage(
+            self._kinds[fits], cx[fits], cy[fits], radius[fits], self._turns[fits], self._size
+        )
         overlap = np.minimum(could, cover).sum((1, 2)) / np.maximum(could, cover).sum((1, 2))
         return int(self._kinds[fits][overlap.argmax()]), float(overlap.max())
 

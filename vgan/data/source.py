@@ -19,11 +19,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vgan.console import progress_bar
-from vgan.errors import UserError
-from vgan.randomness import permute
+from vgan.runtime.console import progress_bar
+from vgan.runtime.errors import UserError
+from vgan.runtime.rng import permute
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows more, one of which runs programs
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # Pillow knows more, one of which runs programs
 MOST_BYTES = 300_000_000  # of one picture's file
 MOST_PIXELS = 90_000_000  # of one picture; Pillow's own limit is twice that
 _LARGE = threading.Lock()  # large pictures are decoded one at a time
@@ -85,7 +93,9 @@ class Source(ABC):
         """Item i and what it was as given. Raises BadImage if it cannot be read."""
         pixels, label = self.read(i)
         mode = "L" if self.img_channels == 1 else "RGB"
-        return Examined(f"picture {i}", (self.img_resolution, self.img_resolution), mode, "drawn", pixels, label)
+        return Examined(
+            f"picture {i}", (self.img_resolution, self.img_resolution), mode, "drawn", pixels, label
+        )
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -101,7 +111,9 @@ class Dataset:
     labels: np.ndarray  # int64 (N,)
     label_names: tuple[str, ...]  # empty: no labels
     digest: str  # sha256 of pixels and labels
-    stream: Any = None  # the vgan.data.stream.Shards of which the images are the first, if there are more
+    stream: Any = (
+        None  # the vgan.data.webdataset.Shards of which the images are the first, if there are more
+    )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -111,9 +123,13 @@ class Dataset:
         if not holdout:
             return np.arange(len(self)), np.arange(0)
         if len(self) - holdout < 2:
-            raise UserError(f"holdout={holdout}: leaves {len(self) - holdout} of {len(self)} pictures to train on; give less")
+            raise UserError(
+                f"holdout={holdout}: leaves {len(self) - holdout} of {len(self)} pictures to train on; give less"
+            )
         items = np.arange(len(self))
-        order = permute(torch.from_numpy(items), len(self), 0, torch.zeros((), dtype=torch.int64)).numpy()
+        order = permute(
+            torch.from_numpy(items), len(self), 0, torch.zeros((), dtype=torch.int64)
+        ).numpy()
         return np.sort(order[holdout:]), np.sort(order[:holdout])
 
     def reals(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +157,9 @@ class Dataset:
         return len(self.label_names)
 
 
-def read_in_order(read: Callable[[int], T], items: Sequence[int], title: str) -> Iterator[T | BadImage]:
+def read_in_order(
+    read: Callable[[int], T], items: Sequence[int], title: str
+) -> Iterator[T | BadImage]:
     """read(i) of all items in their order, with a progress bar; a BadImage that it raises is given instead.
 
     Several threads read ahead (Pillow decodes outside the interpreter's lock), in bounded memory.
@@ -172,7 +190,9 @@ def read_in_order(read: Callable[[int], T], items: Sequence[int], title: str) ->
 def check_image_settings(resolution: int, channels: int = 3) -> None:
     """Raise UserError unless the networks can be built for such pictures."""
     if resolution not in RESOLUTIONS:
-        raise UserError(f"data.resolution={resolution}: must be one of {', '.join(map(str, RESOLUTIONS))}")
+        raise UserError(
+            f"data.resolution={resolution}: must be one of {', '.join(map(str, RESOLUTIONS))}"
+        )
     if channels not in (1, 3):
         raise UserError(f"data.channels={channels}: must be 1 (grey) or 3 (RGB)")
 
@@ -192,12 +212,16 @@ def examine_file(name: str, content: bytes, resolution: int, channels: int, labe
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             size, mode, kind = image.size, image.mode, str(image.format)
             image.draft(None, (2 * resolution, 2 * resolution))
-            return Examined(name, size, mode, kind, to_square_uint8(image, resolution, channels), label)
+            return Examined(
+                name, size, mode, kind, to_square_uint8(image, resolution, channels), label
+            )
     except UNREADABLE as e:
         raise BadImage.of(name, e) from e
 
 
-def to_square_uint8(image: Image.Image, resolution: int, channels: int, crop: int | None = None) -> np.ndarray:
+def to_square_uint8(
+    image: Image.Image, resolution: int, channels: int, crop: int | None = None
+) -> np.ndarray:
     """Any picture as uint8 (resolution, resolution, channels), by these rules in this order:
 
     - turned upright as its EXIF orientation says;
@@ -213,7 +237,9 @@ def to_square_uint8(image: Image.Image, resolution: int, channels: int, crop: in
     """
     size = image.width * image.height
     if size > MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS / 1e6:.0f} million")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, over {MOST_PIXELS / 1e6:.0f} million"
+        )
     with _LARGE if size > MOST_PIXELS / 8 else contextlib.nullcontext():
         return _square(image, resolution, channels, crop)
 

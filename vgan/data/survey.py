@@ -17,7 +17,9 @@ class Survey:
     looked_at: int
     bad: list[str] = field(default_factory=list)  # name (reason) of what cannot be read
     small: list[str] = field(default_factory=list)  # name (width x height) of what must be enlarged
-    duplicates: list[list[str]] = field(default_factory=list)  # groups of names, equal as training sees them
+    duplicates: list[list[str]] = field(
+        default_factory=list
+    )  # groups of names, equal as training sees them
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) in px
     modes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
@@ -42,7 +44,11 @@ class Survey:
 
 def evenly(count: int, most: int) -> Sequence[int]:
     """At most `most` of the items 0 .. count - 1, evenly spaced, the first and the last among them."""
-    return range(count) if count <= most else np.linspace(0, count - 1, most).round().astype(int).tolist()
+    return (
+        range(count)
+        if count <= most
+        else np.linspace(0, count - 1, most).round().astype(int).tolist()
+    )
 
 
 def survey(source: Source, most: int | None = None) -> Survey:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from vgan.data.source import Examined, Source, check_image_settings, to_square_uint8
-from vgan.errors import UserError
+from vgan.runtime.errors import UserError
 
-_CIFAR10_FIX = "put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
+_CIFAR10_FIX = (
+    "put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
+)
 _CELEBA_FIX = (
     "put img_align_celeba.zip, list_attr_celeba.txt, identity_CelebA.txt, list_bbox_celeba.txt, "
     "list_landmarks_align_celeba.txt and list_eval_partition.txt "
@@ -27,7 +29,9 @@ def _fetch(make: Callable[[], Any], name: str, root: Path, fix: str) -> Any:
     except (urllib.error.URLError, OSError, RuntimeError, ModuleNotFoundError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         how = fix.format(root=root.absolute())
-        raise UserError(f"data={name}: could not be downloaded or checked ({reason}); {how}, then give the same command") from e
+        raise UserError(
+            f"data={name}: could not be downloaded or checked ({reason}); {how}, then give the same command"
+        ) from e
 
 
 class Cifar10(Source):
@@ -39,7 +43,9 @@ class Cifar10(Source):
 
         self.name, self.img_resolution, self.img_channels = "cifar10", resolution, 3
         folder = Path(root).expanduser()
-        self._set = _fetch(lambda: CIFAR10(str(folder), train=True, download=True), self.name, folder, _CIFAR10_FIX)
+        self._set = _fetch(
+            lambda: CIFAR10(str(folder), train=True, download=True), self.name, folder, _CIFAR10_FIX
+        )
         self.label_names = tuple(self._set.classes) if labels else ()
 
     def __len__(self) -> int:
@@ -52,10 +58,19 @@ class Cifar10(Source):
     def examine(self, i: int) -> Examined:
         image, label = self._set[i]
         pixels = to_square_uint8(image, self.img_resolution, 3)
-        return Examined(f"picture {i}", image.size, image.mode, "array", pixels, label if self.label_names else 0)
+        return Examined(
+            f"picture {i}",
+            image.size,
+            image.mode,
+            "array",
+            pixels,
+            label if self.label_names else 0,
+        )
 
     def fingerprint(self) -> str:  # the content is known: torchvision has checked it
-        return hashlib.sha256(f"cifar10 train {self.img_resolution} {self.label_names}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"cifar10 train {self.img_resolution} {self.label_names}".encode()
+        ).hexdigest()
 
 
 class CelebA(Source):
@@ -64,15 +79,33 @@ class CelebA(Source):
     attributes, such as ['Smiling', 'Male'], make every combination a class: 2^k of them, named 'Smiling, not Male'.
     """
 
-    def __init__(self, root: str = "data", resolution: int = 64, crop: int = 178, attributes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        root: str = "data",
+        resolution: int = 64,
+        crop: int = 178,
+        attributes: Sequence[str] = (),
+    ) -> None:
         check_image_settings(resolution)
         if not 16 <= crop <= 178:
-            raise UserError(f"data.crop={crop}: must be from 16 to 178, the width of CelebA's pictures")
+            raise UserError(
+                f"data.crop={crop}: must be from 16 to 178, the width of CelebA's pictures"
+            )
         from torchvision.datasets import CelebA as Torchvision  # imports slowly
 
-        self.name, self.img_resolution, self.img_channels, self._crop = "celeba", resolution, 3, crop
+        self.name, self.img_resolution, self.img_channels, self._crop = (
+            "celeba",
+            resolution,
+            3,
+            crop,
+        )
         folder = Path(root).expanduser()
-        self._set = _fetch(lambda: Torchvision(str(folder), split="train", download=True), self.name, folder, _CELEBA_FIX)
+        self._set = _fetch(
+            lambda: Torchvision(str(folder), split="train", download=True),
+            self.name,
+            folder,
+            _CELEBA_FIX,
+        )
         names = [n for n in self._set.attr_names if n]
         self._columns = [self._column(a, names) for a in attributes]
         if attributes:
@@ -86,7 +119,9 @@ class CelebA(Source):
     def _column(attribute: str, names: list[str]) -> int:
         if attribute not in names:
             close = difflib.get_close_matches(attribute, names, 3, 0.4) or names[:5]
-            raise UserError(f"data.attributes={attribute}: unknown; did you mean {' or '.join(close)}?")
+            raise UserError(
+                f"data.attributes={attribute}: unknown; did you mean {' or '.join(close)}?"
+            )
         return names.index(attribute)
 
     def __len__(self) -> int:
@@ -103,4 +138,6 @@ class CelebA(Source):
         return Examined(f"picture {i}", image.size, image.mode, "JPEG", pixels, label)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"celeba train {self.img_resolution} {self._crop} {self.label_names}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"celeba train {self.img_resolution} {self._crop} {self.label_names}".encode()
+        ).hexdigest()

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vgan.models.layers import BiasLeakyReLU, ResidualBlock, count_stages, downsample2x, init_conv, run_layer
+from vgan.models.layers import (
+    BiasLeakyReLU,
+    ResidualBlock,
+    count_stages,
+    downsample2x,
+    init_conv,
+    run_layer,
+)
 
 
 class Discriminator(nn.Module):
@@ -17,9 +24,9 @@ class Discriminator(nn.Module):
     `patch_px` bounds it, 3x3 convolutions that would see further become 1x1 and downsampling stops, so that small patches give a
     finer grid. `logits_px` = 1 joins the 4x4 grid into one logit for the whole picture.
 
-    pixel_block > 1 starts from squares of that many pixels as channels, at img_resolution / pixel_block.
+    patch_size > 1 starts from squares of that many pixels as channels, at img_resolution / patch_size.
 
-    recompute: as in `Generator`.
+    gradient_checkpointing: as in `Generator`.
 
     Fully convolutional: other sizes than img_resolution are judged too, with a larger or smaller grid.
 
@@ -40,19 +47,24 @@ class Discriminator(nn.Module):
         patch_px: int | None = None,
         logits_px: int = 4,
         embed_dim: int = 64,
-        pixel_block: int = 1,
-        recompute: bool = False,
+        patch_size: int = 1,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
-        stages = count_stages(img_resolution, img_channels, widths, pixel_block)
+        self.gradient_checkpointing = gradient_checkpointing
+        stages = count_stages(img_resolution, img_channels, widths, patch_size)
         if patch_px is not None and not 16 <= patch_px <= img_resolution:
-            raise ValueError(f"patch_px={patch_px}: must be from 16 to the image's {img_resolution}, or null for the whole image")
+            raise ValueError(
+                f"patch_px={patch_px}: must be from 16 to the image's {img_resolution}, or null for the whole image"
+            )
         if logits_px not in (1, 4) or (logits_px == 1 and patch_px is not None):
             raise ValueError(f"logits_px={logits_px}: must be 4, or 1 with patch_px=null")
         self.label_dim = label_dim
         limit = patch_px or math.inf
-        field, jump = 3 * pixel_block, pixel_block  # of one feature in image pixels: what it sees, and the distance to the next
+        field, jump = (
+            3 * patch_size,
+            patch_size,
+        )  # of one feature in image pixels: what it sees, and the distance to the next
 
         def grow(pixels: int) -> bool:  # may the next filter reach `pixels` features further?
             nonlocal field
@@ -60,28 +72,42 @@ class Discriminator(nn.Module):
             field += pixels * jump * fits
             return fits
 
-        self.to_blocks = nn.PixelUnshuffle(pixel_block) if pixel_block > 1 else nn.Identity()
-        pixels = img_channels * pixel_block**2
-        self.from_rgb = init_conv(nn.Conv2d(pixels, widths[stages - 1], 3, padding=1, bias=False), gain=1)
+        self.to_blocks = nn.PixelUnshuffle(patch_size) if patch_size > 1 else nn.Identity()
+        pixels = img_channels * patch_size**2
+        self.from_rgb = init_conv(
+            nn.Conv2d(pixels, widths[stages - 1], 3, padding=1, bias=False), gain=1
+        )
         self.stages, self.transitions, self.shrinks = nn.ModuleList(), nn.ModuleList(), []
         for i in reversed(range(stages)):
             layers = []
             for _ in range(blocks):
                 kinds = [conv if grow(2) else "pointwise" for _ in range(2)]
-                layers.append(ResidualBlock(widths[i], kinds[0], expansion, stages * blocks, second_conv=kinds[1]))
+                layers.append(
+                    ResidualBlock(
+                        widths[i], kinds[0], expansion, stages * blocks, second_conv=kinds[1]
+                    )
+                )
             self.stages.append(nn.ModuleList(layers))
             if i:
                 self.shrinks.append(grow(1))
                 jump *= 2 if self.shrinks[-1] else 1
-                self.transitions.append(init_conv(nn.Conv2d(widths[i], widths[i - 1], 1, bias=False), gain=1))
+                self.transitions.append(
+                    init_conv(nn.Conv2d(widths[i], widths[i - 1], 1, bias=False), gain=1)
+                )
         width = widths[0]
         self.act = BiasLeakyReLU(width)
-        self.pool = init_conv(nn.Conv2d(width, width, 4, groups=width, bias=False), gain=1) if logits_px == 1 else None
+        self.pool = (
+            init_conv(nn.Conv2d(width, width, 4, groups=width, bias=False), gain=1)
+            if logits_px == 1
+            else None
+        )
         field += 3 * jump * (logits_px == 1)
         self.receptive_field_px = field
         self.to_logit = init_conv(nn.Conv2d(width, 1, 1), gain=1)
         # <embed(c), W h_p> / sqrt(embed_dim): small at first, so that the unconditional part leads
-        self.to_embed = init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1) if label_dim else None
+        self.to_embed = (
+            init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1) if label_dim else None
+        )
         self.embed = nn.Linear(label_dim, embed_dim, bias=False) if label_dim else None
         if self.embed is not None:
             nn.init.normal_(self.embed.weight, std=1 / math.sqrt(embed_dim))
@@ -107,7 +133,10 @@ class Discriminator(nn.Module):
         if self.pool is None:
             return self._logits(h, c, pairs=False)[:, 0]
         assert self.to_logit.bias is not None
-        return (self._logits(h * self.pool.weight[:, 0].to(h.dtype), c, pairs=False) - self.to_logit.bias.float())[:, 0]
+        return (
+            self._logits(h * self.pool.weight[:, 0].to(h.dtype), c, pairs=False)
+            - self.to_logit.bias.float()
+        )[:, 0]
 
     def _run(self, x: Tensor, c: Tensor | None, pairs: bool) -> Tensor:
         x = self._features(x, pairs)
@@ -122,7 +151,7 @@ class Discriminator(nn.Module):
         x = self.from_rgb(self.to_blocks(x).contiguous(memory_format=self.memory_format))
         for i, stage in enumerate(self.stages):
             for block in stage:  # type: ignore[attr-defined]
-                x = run_layer(block, x, self.recompute, pairs)
+                x = run_layer(block, x, self.gradient_checkpointing, pairs)
             if i < len(self.transitions):
                 x = self.transitions[i](downsample2x(x) if self.shrinks[i] else x)
         return self.act(x, pairs)

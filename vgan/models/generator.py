@@ -26,7 +26,9 @@ class LatentInput(nn.Module):
     embedded shapes each class had collapsed to one picture after 20,000 images.
     """
 
-    memory_format = torch.channels_last  # the whole network follows its input; another is for comparisons
+    memory_format = (
+        torch.channels_last
+    )  # the whole network follows its input; another is for comparisons
 
     def __init__(self, z_dim: int, label_dim: int, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -43,10 +45,14 @@ class LatentInput(nn.Module):
     def forward(self, z: Tensor, c: Tensor | None) -> Tensor:
         if self.embed is not None:
             if c is None:
-                raise ValueError(f"c=None: this generator knows {self.label_dim} classes; give one-hot c (N, {self.label_dim})")
+                raise ValueError(
+                    f"c=None: this generator knows {self.label_dim} classes; give one-hot c (N, {self.label_dim})"
+                )
             z = torch.cat([z, self.embed(c)], dim=1)
         scale = self.scale(z)[:, :, None, None]
-        x = scale * self.basis.to(scale.dtype)  # under autocast: float32 here would go on through the whole first stage
+        x = scale * self.basis.to(
+            scale.dtype
+        )  # under autocast: float32 here would go on through the whole first stage
         return x.contiguous(memory_format=self.memory_format)
 
 
@@ -82,10 +88,10 @@ class Generator(nn.Module):
     widths: channels at 4, 8, 16, ... px (more than needed are ignored). conv: 'dense', 'grouped' or 'separable'. attention:
     'none', 'self' or 'adaptive', once at the end of the stages in attention_resolutions.
 
-    pixel_block > 1 ends at img_resolution / pixel_block and draws that many pixels square from each feature (sub-pixel
+    patch_size > 1 ends at img_resolution / patch_size and draws that many pixels square from each feature (sub-pixel
     convolution, Shi et al. 2016): the finest stage, which costs most on a CPU, is left out.
 
-    recompute keeps no features inside the layers and works them out again in the backward pass: less memory, about a third
+    gradient_checkpointing keeps no features inside the layers and works them out again in the backward pass: less memory, about a third
     more work (Chen et al. 2016).
 
     Source: the residual, normalisation-free skeleton of Huang et al. 2024, "The GAN is dead; long live the GAN!".
@@ -104,31 +110,35 @@ class Generator(nn.Module):
         attention: str = "none",
         attention_resolutions: Sequence[int] = (8, 16),
         embed_dim: int = 64,
-        pixel_block: int = 1,
-        recompute: bool = False,
+        patch_size: int = 1,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        stages = count_stages(img_resolution, img_channels, widths, pixel_block)
+        stages = count_stages(img_resolution, img_channels, widths, patch_size)
         self.z_dim, self.label_dim = z_dim, label_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.recompute = recompute
+        self.gradient_checkpointing = gradient_checkpointing
         self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim)
         self.stages, self.transitions = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths[:stages]):
-            layers: list[nn.Module] = [ResidualBlock(width, conv, expansion, stages * blocks) for _ in range(blocks)]
+            layers: list[nn.Module] = [
+                ResidualBlock(width, conv, expansion, stages * blocks) for _ in range(blocks)
+            ]
             if 4 << i in attention_resolutions:
                 layers.append(attention_layer(attention, width))
             self.stages.append(nn.Sequential(*layers))
             if i + 1 < stages:  # mixed before upsampling, where it costs a quarter
-                self.transitions.append(init_conv(nn.Conv2d(width, widths[i + 1], 1, bias=False), gain=1))
+                self.transitions.append(
+                    init_conv(nn.Conv2d(width, widths[i + 1], 1, bias=False), gain=1)
+                )
         self.act = BiasLeakyReLU(widths[stages - 1])
-        self.to_rgb = ConvToPixels(widths[stages - 1], img_channels, pixel_block)
+        self.to_rgb = ConvToPixels(widths[stages - 1], img_channels, patch_size)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         x = self.input(z, c)  # (N, widths[0], 4, 4)
         for i, stage in enumerate(self.stages):
             for layer in stage:  # type: ignore[attr-defined]
-                x = run_layer(layer, x, self.recompute)
+                x = run_layer(layer, x, self.gradient_checkpointing)
             if i < len(self.transitions):
                 x = upsample2x(self.transitions[i](x))
         return self.to_rgb(self.act(x))
@@ -151,10 +161,10 @@ class PlainGenerator(nn.Module):
         label_dim: int = 0,
         blocks: int = 1,
         embed_dim: int = 64,
-        pixel_block: int = 1,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
-        stages = count_stages(img_resolution, img_channels, widths, pixel_block)
+        stages = count_stages(img_resolution, img_channels, widths, patch_size)
         self.z_dim, self.label_dim = z_dim, label_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim)
@@ -164,10 +174,13 @@ class PlainGenerator(nn.Module):
             if i:
                 layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
             for _ in range(blocks):
-                layers += [init_conv(nn.Conv2d(width, widths[i], 3, padding=1), gain=math.sqrt(2)), nn.ReLU()]
+                layers += [
+                    init_conv(nn.Conv2d(width, widths[i], 3, padding=1), gain=math.sqrt(2)),
+                    nn.ReLU(),
+                ]
                 width = widths[i]
         self.body = nn.Sequential(*layers)
-        self.to_rgb = ConvToPixels(width, img_channels, pixel_block)
+        self.to_rgb = ConvToPixels(width, img_channels, patch_size)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         return self.to_rgb(self.body(self.input(z, c))).tanh()

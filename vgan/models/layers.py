@@ -27,41 +27,47 @@ def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
     return conv
 
 
-def count_stages(img_resolution: int, img_channels: int, widths: Sequence[int], pixel_block: int) -> int:
-    """The number of stages from 4 px to img_resolution / pixel_block; raises ValueError where sizes do not fit together."""
+def count_stages(
+    img_resolution: int, img_channels: int, widths: Sequence[int], patch_size: int
+) -> int:
+    """The number of stages from 4 px to img_resolution / patch_size; raises ValueError where sizes do not fit together."""
     if img_resolution not in (16, 32, 64, 128, 256):
         raise ValueError(f"img_resolution={img_resolution}: must be a power of two from 16 to 256")
     if img_channels not in (1, 3):
         raise ValueError(f"img_channels={img_channels}: must be 1 (grey) or 3 (RGB)")
-    if pixel_block not in (1, 2, 4):
-        raise ValueError(f"pixel_block={pixel_block}: must be 1, 2 or 4")
-    finest = img_resolution // pixel_block
+    if patch_size not in (1, 2, 4):
+        raise ValueError(f"patch_size={patch_size}: must be 1, 2 or 4")
+    finest = img_resolution // patch_size
     stages = int(math.log2(finest)) - 1
     if len(widths) < stages:
-        raise ValueError(f"widths={list(widths)}: {finest} px needs {stages} of them, from 4 px up; add {stages - len(widths)}")
+        raise ValueError(
+            f"widths={list(widths)}: {finest} px needs {stages} of them, from 4 px up; add {stages - len(widths)}"
+        )
     return stages
 
 
 class ConvToPixels(nn.Sequential):
-    """The last layer of a generator: (N, channels, H, W) -> (N, img_channels, H pixel_block, W pixel_block).
+    """The last layer of a generator: (N, channels, H, W) -> (N, img_channels, H patch_size, W patch_size).
 
     Sub-pixel convolution (Shi et al. 2016). The pixels of a block start with equal weights, so that training does not begin
     from a checkerboard (Aitken et al. 2017), and a [1, 2, 1] filter, which is 0 at that frequency, keeps it from growing
     later: it was plain to see in the grounds of the embedded shapes.
     """
 
-    def __init__(self, channels: int, img_channels: int, pixel_block: int) -> None:
-        conv = init_conv(nn.Conv2d(channels, img_channels * pixel_block**2, 3, padding=1), gain=1)
+    def __init__(self, channels: int, img_channels: int, patch_size: int) -> None:
+        conv = init_conv(nn.Conv2d(channels, img_channels * patch_size**2, 3, padding=1), gain=1)
         with torch.no_grad():
-            conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(pixel_block**2, dim=0))
-        super().__init__(conv, *([nn.PixelShuffle(pixel_block), Smooth()] if pixel_block > 1 else []))
+            conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(patch_size**2, dim=0))
+        super().__init__(conv, *([nn.PixelShuffle(patch_size), Smooth()] if patch_size > 1 else []))
 
 
 class Smooth(nn.Module):
     """The filter [1, 2, 1] in both directions, the border repeated. Shape kept."""
 
     def forward(self, x: Tensor) -> Tensor:
-        ones = x.new_ones(2)  # not a constant, which a traced program would keep on the device of its tracing
+        ones = x.new_ones(
+            2
+        )  # not a constant, which a traced program would keep on the device of its tracing
         taps = (F.pad(ones, (0, 1)) + F.pad(ones, (1, 0))) / 4
         kernel = (taps[:, None] * taps[None, :]).expand(x.shape[1], 1, 3, 3)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
@@ -97,7 +103,10 @@ class SeparableConv2d(nn.Module):
         super().__init__()
         groups = in_channels // group_width
         self.depthwise = init_conv(
-            nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=groups, bias=False), gain=1
+            nn.Conv2d(
+                in_channels, in_channels, kernel_size, stride, padding, groups=groups, bias=False
+            ),
+            gain=1,
         )
         self.pointwise = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
 
@@ -111,7 +120,9 @@ def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     if kind == "separable":
         return SeparableConv2d(in_channels, out_channels, bias=False)
     if kind == "grouped":
-        return SeparableConv2d(in_channels, out_channels, bias=False, group_width=math.gcd(in_channels, 16))
+        return SeparableConv2d(
+            in_channels, out_channels, bias=False, group_width=math.gcd(in_channels, 16)
+        )
     if kind == "dense":
         return init_conv(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
     if kind == "pointwise":
@@ -184,7 +195,14 @@ class ResidualBlock(nn.Module):
     convolution are one operator.
     """
 
-    def __init__(self, channels: int, conv: str, expansion: int, num_blocks: int, second_conv: str | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        conv: str,
+        expansion: int,
+        num_blocks: int,
+        second_conv: str | None = None,
+    ) -> None:
         super().__init__()
         hidden = channels * expansion
         self.fused = False
@@ -198,12 +216,20 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, pairs: bool = False) -> Tensor:
         h = self._activate_and_convolve(self.act_a, self.conv_a, x, pairs)
-        return self._activate_and_convolve(self.act_b, self.conv_b, h, pairs).add_(x)  # in place: one map less to write
+        return self._activate_and_convolve(self.act_b, self.conv_b, h, pairs).add_(
+            x
+        )  # in place: one map less to write
 
-    def _activate_and_convolve(self, act: BiasLeakyReLU, conv: nn.Module, x: Tensor, pairs: bool) -> Tensor:
-        if not (self.fused and isinstance(conv, SeparableConv2d) and conv.depthwise.weight.shape[1] == 1):
+    def _activate_and_convolve(
+        self, act: BiasLeakyReLU, conv: nn.Module, x: Tensor, pairs: bool
+    ) -> Tensor:
+        if not (
+            self.fused and isinstance(conv, SeparableConv2d) and conv.depthwise.weight.shape[1] == 1
+        ):
             return conv(act(x, pairs))
-        from vgan.kernels import activated_depthwise  # needs Triton, which not every machine has
+        from vgan.models.triton_kernels import (
+            activated_depthwise,  # needs Triton, which not every machine has
+        )
 
         return conv.pointwise(activated_depthwise(x, act.bias, conv.depthwise.weight, LEAK, pairs))
 
@@ -211,16 +237,16 @@ class ResidualBlock(nn.Module):
 def fuse_depthwise(network: nn.Module, fused: bool = True) -> None:
     """Let every residual block run activation and depthwise convolution as one Triton operator, or not. Weights stay as they are.
 
-    For NVIDIA GPUs with Triton; the operator can be differentiated once, which excludes penalty=exact.
+    For NVIDIA GPUs with Triton; the operator can be differentiated once, which excludes penalty=double_backward.
     """
     for block in network.modules():
         if isinstance(block, ResidualBlock):
             block.fused = fused
 
 
-def run_layer(layer: nn.Module, x: Tensor, recompute: bool, *arguments: Any) -> Tensor:
-    """layer(x, *arguments), whose inner features are kept for the backward pass or, with recompute, worked out again there."""
-    if recompute and torch.is_grad_enabled():
+def run_layer(layer: nn.Module, x: Tensor, gradient_checkpointing: bool, *arguments: Any) -> Tensor:
+    """layer(x, *arguments), whose inner features are kept for the backward pass or, with gradient_checkpointing, worked out again there."""
+    if gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
     return layer(x, *arguments)
 
@@ -302,7 +328,9 @@ class SelfAttention2d(nn.Module):
         n, c, height, width = x.shape
         q, k, v = self._queries_keys_values(x)
         y = _attend(q, k, v)
-        y = y.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)  # channels-last, as it came in
+        y = (
+            y.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
+        )  # channels-last, as it came in
         return self.to_out(y)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -349,7 +377,11 @@ class AdaptiveAttention2d(nn.Module):
         nn.init.zeros_(self.to_gate.weight)
         nn.init.zeros_(self.to_gate.bias)  # type: ignore[arg-type]
         same = in_channels == out_channels
-        self.project = nn.Identity() if same else init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
+        self.project = (
+            nn.Identity()
+            if same
+            else init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         looked = self.attention(x)

@@ -1,0 +1,263 @@
+"""Differentiable augmentation of batches inside the training step, so that small data sets are not learned by heart.
+
+Reals and fakes pass through the same transforms before the discriminator sees them (Zhao et al. 2020, DiffAugment;
+Karras et al. 2020, ADA), each transform with probability p for every picture. Shapes are static and there is no branch on
+data, so the whole compiles. The penalties are taken behind it, so no transform needs a second derivative.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgan.runtime.rng import Streams
+
+# Images (N, C, H, W) in [-1, 1], apply (N,) of 0 or 1, u (N, 3) uniform in [0, 1) -> images.
+Transform = Callable[[Tensor, Tensor, Tensor], Tensor]
+# apply, u -> what the transform does as one matrix for each picture: (N, 3, 3) from places in the result to places in the
+# picture, in halves of its width from its middle; or (N, 4, 4) from colours to colours
+Matrix = Callable[[Tensor, Tensor], Tensor]
+_DRAWS = 4  # uniform numbers a transform and picture: one decides whether, three how
+
+
+# Whole pixels: exact copies.
+
+
+def flip(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
+    """Left-right, in half of the chosen pictures."""
+    return torch.where(_wide((apply > 0) & (u[:, 0] < 0.5)), x.flip(3), x)
+
+
+def quarter_turns(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
+    """By 0, 90, 180 or 270 degrees."""
+    turns = (u[:, 0] * 4).long() * apply.long()
+    x = torch.where(_wide(turns % 2 == 1), x.transpose(2, 3).flip(2), x)
+    return torch.where(_wide(turns >= 2), x.flip(2, 3), x)
+
+
+def translation(x: Tensor, apply: Tensor, u: Tensor, reach: float = 0.125) -> Tensor:
+    """By whole pixels, up to an eighth of the size each way; mid-grey (0) comes in from outside."""
+    for dim in (2, 3):
+        size = x.shape[dim]
+        most = int(size * reach)
+        shift = ((u[:, dim - 2] * (2 * most + 1)).long() - most) * apply.long()  # (N,)
+        source = torch.arange(size, device=x.device)[None] - shift[:, None]  # (N, size)
+        shape = [len(x), 1, 1, 1]
+        shape[dim] = size
+        inside = ((source >= 0) & (source < size)).view(shape)
+        x = x.gather(dim, source.clamp(0, size - 1).view(shape).expand_as(x)) * inside
+    return x
+
+
+def cutout(x: Tensor, apply: Tensor, u: Tensor, share: float = 0.5) -> Tensor:
+    """A square of half the width, anywhere, becomes mid-grey."""
+    hidden = apply.new_ones(())
+    for dim in (2, 3):
+        size = x.shape[dim]
+        shape = [1, 1, 1, 1]
+        shape[dim] = size
+        at = torch.arange(size, device=x.device).view(shape)
+        centre = _wide(u[:, dim - 2] * size)
+        hidden = hidden * ((at + 0.5 - centre).abs() < size * share / 2)
+    return x * (1 - hidden * _wide(apply))
+
+
+# Geometry with interpolation: one matrix each, so that a picture is resampled once.
+
+
+def scale(apply: Tensor, u: Tensor) -> Tensor:
+    """Larger or smaller by 2^N(0, 0.2^2), both sides alike."""
+    s = torch.exp2(-0.2 * _normal(u[:, 0]) * apply)
+    return _stretched(s, s)
+
+
+def stretch(apply: Tensor, u: Tensor) -> Tensor:
+    """Wider and as much lower, or the reverse, by 2^N(0, 0.2^2)."""
+    s = torch.exp2(-0.2 * _normal(u[:, 0]) * apply)
+    return _stretched(s, 1 / s)
+
+
+def rotation(apply: Tensor, u: Tensor) -> Tensor:
+    """By any angle."""
+    angle = (u[:, 0] * 2 - 1) * math.pi * apply
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return _rows([c, -s, zero], [s, c, zero], [zero, zero, one])
+
+
+def shift(apply: Tensor, u: Tensor) -> Tensor:
+    """By N(0, 0.125^2) of the width, either way, between pixels too."""
+    x, y = (-2 * 0.125 * _normal(u[:, i]) * apply for i in range(2))
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _rows([one, zero, x], [zero, one, y], [zero, zero, one])
+
+
+# Colours: one matrix each, from (r, g, b, 1) to (r, g, b, 1).
+
+
+def brightness(apply: Tensor, u: Tensor) -> Tensor:
+    """Plus N(0, 0.2^2)."""
+    return _moved(_identity(apply, 3), (0.2 * _normal(u[:, 0]) * apply)[:, None].expand(-1, 3))
+
+
+def contrast(apply: Tensor, u: Tensor) -> Tensor:
+    """Times 2^N(0, 0.5^2), around mid-grey."""
+    factor = torch.exp2(0.5 * _normal(u[:, 0]) * apply)
+    return _moved(_identity(apply, 3) * factor[:, None, None])
+
+
+def luma_flip(apply: Tensor, u: Tensor) -> Tensor:
+    """Light for dark with the colours kept, in half of the chosen pictures: a reflection along grey (Householder)."""
+    flipped = apply * (u[:, 0] < 0.5)
+    return _moved(_identity(apply, 3) - 2 * flipped[:, None, None] * _grey(apply))
+
+
+def hue(apply: Tensor, u: Tensor) -> Tensor:
+    """Colours turned around the grey axis by any angle."""
+    angle = ((u[:, 0] * 2 - 1) * math.pi * apply)[:, None, None]
+    grey = _grey(apply)
+    r = 1 / math.sqrt(3)
+    cross = apply.new_tensor([[0, -r, r], [r, 0, -r], [-r, r, 0]])
+    return _moved(
+        angle.cos() * _identity(apply, 3) + angle.sin() * cross + (1 - angle.cos()) * grey
+    )
+
+
+def saturation(apply: Tensor, u: Tensor) -> Tensor:
+    """Distance from grey times 2^N(0, 1)."""
+    factor = torch.exp2(_normal(u[:, 0]) * apply)[:, None, None]
+    return _moved(factor * _identity(apply, 3) + (1 - factor) * _grey(apply))
+
+
+def colour(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
+    """DiffAugment's: brightness +-0.5, saturation times 0 to 2 (RGB only) and contrast times 0.5 to 1.5 around the mean."""
+    apply = _wide(apply)
+    brightness, saturation, contrast = (_wide(u[:, i]) for i in range(3))
+    x = x + (brightness - 0.5) * apply
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (1 + (saturation * 2 - 1) * apply)
+    middle = x.mean((1, 2, 3), keepdim=True)
+    return middle + (x - middle) * (1 + (contrast - 0.5) * apply)
+
+
+COPIES: dict[str, Transform] = {
+    "flip": flip,
+    "quarter_turns": quarter_turns,
+    "translation": translation,
+}
+GEOMETRY: dict[str, Matrix] = {
+    "scale": scale,
+    "rotation": rotation,
+    "stretch": stretch,
+    "shift": shift,
+}
+COLOURS: dict[str, Matrix] = {
+    "brightness": brightness, "contrast": contrast, "luma_flip": luma_flip, "hue": hue, "saturation": saturation,
+}  # fmt: skip
+LAST: dict[str, Transform] = {"colour": colour, "cutout": cutout}
+TRANSFORMS = (*COPIES, *GEOMETRY, *COLOURS, *LAST)
+
+
+class Augment:
+    """The named transforms, each with probability p a picture: whole pixels first, then geometry, colours, cutout.
+
+    __call__(images (N, C, H, W) in [-1, 1], p in [0, 1], streams, name) -> images; `name` keeps the draws of reals and
+    fakes apart. Geometry mirrors the picture at its border; rotation is left to chance 1 - sqrt(1 - p), as ADA does, since it
+    leaves few pictures upright.
+    """
+
+    def __init__(self, transforms: Sequence[str] = ()) -> None:
+        unknown = [t for t in transforms if t not in TRANSFORMS]
+        if unknown:
+            raise ValueError(f"transforms={unknown}: unknown; use some of {', '.join(TRANSFORMS)}")
+        self.transforms = tuple(t for t in TRANSFORMS if t in transforms)
+
+    def __call__(self, images: Tensor, p: float | Tensor, streams: Streams, name: str) -> Tensor:
+        if not self.transforms:
+            return images
+        draws = streams.uniform(f"augment_{name}", _DRAWS * len(self.transforms)).unflatten(
+            1, (-1, _DRAWS)
+        )
+        chosen = {}
+        for i, transform in enumerate(self.transforms):
+            chance = 1 - (1 - p) ** 0.5 if transform == "rotation" else p
+            chosen[transform] = (draws[:, i, 0] < chance).to(images.dtype), draws[:, i, 1:]
+        for transform, apply_and_u in chosen.items():
+            if transform in COPIES:
+                images = COPIES[transform](images, *apply_and_u)
+        images = resample(images, [GEOMETRY[t](*how) for t, how in chosen.items() if t in GEOMETRY])
+        images = recolour(images, [COLOURS[t](*how) for t, how in chosen.items() if t in COLOURS])
+        for transform, apply_and_u in chosen.items():
+            if transform in LAST:
+                images = LAST[transform](images, *apply_and_u)
+        return images
+
+
+def resample(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    """Each picture through the product of its matrices (N, 3, 3), bilinearly, mirrored at the border."""
+    if not steps:
+        return images
+    product = steps[-1]
+    for step in reversed(steps[:-1]):
+        product = step @ product  # the result's place goes through the last step first
+    grid = F.affine_grid(product[:, :2].contiguous(), list(images.shape), align_corners=False)
+    # mirrored twice at most: further out the border repeats, which keeps the places finite
+    moved = F.grid_sample(
+        images, grid.clamp(-3, 3), mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    untouched = (product == torch.eye(3, device=product.device)).flatten(1).all(1)
+    return torch.where(_wide(untouched), images, moved)  # exactly as it was, not to rounding
+
+
+def recolour(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    """Each picture's colours through the product of its matrices (N, 4, 4). Grey pictures take the part that acts on grey."""
+    if not steps:
+        return images
+    product = steps[0]
+    for step in steps[1:]:
+        product = step @ product
+    if images.shape[1] == 1:
+        row = product[:, :3].mean(1)  # what becomes of (g, g, g)
+        return images * _wide(row[:, :3].sum(1)) + _wide(row[:, 3])
+    return (
+        torch.einsum("nij,njhw->nihw", product[:, :3, :3], images) + product[:, :3, 3, None, None]
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """(N,) -> (N, 1, 1, 1)"""
+    return x.view(-1, 1, 1, 1)
+
+
+def _normal(u: Tensor) -> Tensor:
+    """Uniform in [0, 1) -> N(0, 1), cut at 4 standard deviations."""
+    return math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.99993, 0.99993))
+
+
+def _rows(*rows: Sequence[Tensor]) -> Tensor:
+    """Entries (N,) -> matrices (N, rows, columns)."""
+    return torch.stack([torch.stack(list(row), 1) for row in rows], 1)
+
+
+def _stretched(x: Tensor, y: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _rows([x, zero, zero], [zero, y, zero], [zero, zero, one])
+
+
+def _identity(like: Tensor, n: int) -> Tensor:
+    """(N, n, n)"""
+    return torch.eye(n, device=like.device, dtype=like.dtype).expand(len(like), n, n)
+
+
+def _grey(like: Tensor) -> Tensor:
+    """The projection on the axis of greys (N, 3, 3)."""
+    return torch.full((len(like), 3, 3), 1 / 3, device=like.device, dtype=like.dtype)
+
+
+def _moved(linear: Tensor, offset: Tensor | None = None) -> Tensor:
+    """(N, 3, 3) and (N, 3) -> (N, 4, 4)"""
+    offset = linear.new_zeros(len(linear), 3) if offset is None else offset
+    last = linear.new_zeros(len(linear), 1, 4)
+    last[:, :, 3] = 1
+    return torch.cat([torch.cat([linear, offset[:, :, None]], 2), last], 1)

@@ -1,0 +1,168 @@
+"""The packed store: whatever the source, one memory-mapped uint8 file with labels and a digest, written once."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from vgan.data.source import BadImage, Dataset, Source, read_in_order
+from vgan.runtime.distributed import print0
+from vgan.runtime.errors import UserError
+
+_ABANDONED_S = 24 * 3600  # a half-packed folder of this age belongs to a process that is gone
+_NAMED = 3  # bad pictures named in a message
+
+
+def default_cache_dir() -> Path:
+    """VGAN_CACHE if set, else the platform's usual place for what can be made again."""
+    if chosen := os.environ.get("VGAN_CACHE"):
+        return Path(chosen).expanduser()
+    if platform.system() == "Windows":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "vgan"
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "vgan"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgan"
+
+
+def pack(source: Source, cache_dir: Path) -> Dataset:
+    """The packed form of `source`, made on first use with a progress bar and only opened later.
+
+    Every process packs into a temporary folder of its own and renames it at the end, so that two at once cannot disturb
+    each other (the slower one drops its copy) and a killed one leaves nothing that looks finished. Raises UserError
+    for fewer than two pictures, for unreadable ones unless source.skip_bad, and where the cache cannot be written.
+    """
+    final = cache_dir / f"{source.name}-{source.fingerprint()[:16]}"
+    if not (final / "meta.json").is_file():
+        if len(source) < 2:
+            raise UserError(
+                f"data: {source.name} holds {len(source)} picture(s), training needs at least 2; give more pictures"
+            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # of Pillow, about damaged files; those that cannot be read are named
+                _pack_into(source, final)
+        except OSError as e:
+            fix = (
+                "free space"
+                if e.errno == errno.ENOSPC
+                else "set data.cache_dir to a folder that can be written"
+            )
+            raise UserError(
+                f"data.cache_dir={cache_dir}: cannot be written ({e.strerror or e}); {fix}"
+            ) from e
+    return _open(final)
+
+
+def _open(folder: Path) -> Dataset:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy")
+        if not (
+            len(images) == len(labels) == meta["count"]
+            and images.dtype == np.uint8
+            and images.ndim == 4
+        ):
+            raise ValueError("counts differ")
+        return Dataset(meta["name"], images, labels, tuple(meta["label_names"]), meta["digest"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as e:
+        raise UserError(f"{folder}: damaged cache; delete this folder and it is packed anew") from e
+
+
+def _pack_into(source: Source, final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _clean_abandoned(final.parent)
+    size, channels = source.img_resolution, source.img_channels
+    needed, free = len(source) * (size * size * channels + 8), shutil.disk_usage(final.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    work = Path(tempfile.mkdtemp(prefix=".packing-", dir=final.parent))
+    try:
+        digest, labels, bad = hashlib.sha256(), [], []
+        with open(work / "images.npy", "wb") as f:
+            _write_header(f, source, len(source))
+            for item in read_in_order(source.read, range(len(source)), "packing"):
+                if isinstance(item, BadImage):
+                    bad.append(str(item))
+                    continue
+                pixels, label = item
+                assert pixels.shape == (size, size, channels)
+                assert pixels.dtype == np.uint8
+                content = pixels.tobytes()
+                digest.update(content)
+                f.write(content)
+                labels.append(label)
+            _judge_bad(source, bad, len(labels))
+            f.seek(0)
+            _write_header(f, source, len(labels))  # in place: numpy leaves room for any count
+            f.flush()
+            os.fsync(f.fileno())
+        _finish(work, source, digest, labels)
+        try:
+            os.rename(work, final)
+        except OSError:
+            if not (final / "meta.json").is_file():  # not because another process was quicker
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_header(f: BinaryIO, source: Source, count: int) -> None:
+    shape = (count, source.img_resolution, source.img_resolution, source.img_channels)
+    np.lib.format.write_array_header_1_0(
+        f, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+
+
+def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[int]) -> None:
+    """Write labels.npy and, last, meta.json: where it is, the folder is whole."""
+    array = np.array(labels, dtype=np.int64)
+    digest.update(array.tobytes())
+    np.save(work / "labels.npy", array)
+    meta = {
+        "name": source.name,
+        "count": len(labels),
+        "label_names": list(source.label_names),
+        "digest": digest.hexdigest(),
+    }
+    (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _judge_bad(source: Source, bad: list[str], good: int) -> None:
+    if not bad:
+        return
+    named = "; ".join(bad[:_NAMED]) + (
+        f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    )
+    if not source.skip_bad:
+        raise UserError(
+            f"data: {len(bad)} unreadable picture(s): {named}; mend or remove them, or set data.skip_bad=true"
+        )
+    if good < 2:
+        raise UserError(
+            f"data: only {good} readable picture(s), training needs at least 2; unreadable: {named}"
+        )
+    print0(f"data: left out {len(bad)} unreadable picture(s): {named}")
+
+
+def _clean_abandoned(cache_dir: Path) -> None:
+    """Remove what killed processes left half-packed."""
+    for folder in cache_dir.glob(".packing-*"):
+        with contextlib.suppress(OSError):
+            newest = max(
+                (p.stat().st_mtime for p in folder.iterdir()), default=folder.stat().st_mtime
+            )
+            if time.time() - newest > _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)

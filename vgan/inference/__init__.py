@@ -1,0 +1,1 @@
+"""Images, films and exports from a trained generator."""

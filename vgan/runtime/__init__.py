@@ -1,0 +1,1 @@
+"""Process, device, files, randomness and errors."""
