@@ -29,6 +29,12 @@ VALUES = {
         "difference": "finite_difference",
     },
 }
+# Values in metrics.jsonl and in checkpoints.
+METRICS = {
+    "as_asked": "class_accuracy",
+    "classes_seen": "classes_covered",
+    "copies": "copy_rate",
+}
 
 
 def upgrade_override(word: str) -> str:

@@ -17,7 +17,7 @@ from vgan.data.packed import default_cache_dir
 from vgan.data.source import Dataset
 from vgan.data.webdataset import ShardLoader
 from vgan.models.layers import fuse_depthwise
-from vgan.runs.log_writer import Stats
+from vgan.training.state import Stats
 from vgan.runtime.device import pick_depthwise
 from vgan.runtime.distributed import (
     all_gather,
