@@ -127,7 +127,6 @@ def test_damaged_and_foreign_files_are_named_and_left_alone(
 ) -> None:
     path = checkpoint.path_at(tmp_path, 1)
     if version == 2:
-        path = path.with_suffix(".pt")
         save_old(path, STATE, 2)
     else:
         checkpoint.save(path, STATE, keep=1)

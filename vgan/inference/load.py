@@ -24,8 +24,9 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
     weights; G.label_names names the classes. Reads what vgan-export to=safetensors wrote too. Raises UserError where there is no
     readable checkpoint.
     """
-    if Path(ckpt).suffix.lower() == ".safetensors":
-        return restore_generator(_read_safetensors(Path(ckpt).expanduser()), pick_device(device))
+    path = Path(ckpt).expanduser()
+    if not path.is_dir() and not checkpoint.is_checkpoint(path):
+        return restore_generator(_read_safetensors(path), pick_device(device))
     return restore_generator(checkpoint.load_newest(ckpt)[1], pick_device(device))
 
 

@@ -319,11 +319,9 @@ def load(path: Path) -> dict[str, Any]:
     read = checkpoint_v2.read if start.startswith(b"PK") else _read
     try:
         version, stated, header, state = read(path)
-        if version not in range(1, FORMAT + 1):
-            problem = f"has format {version!r:.20}, this vgan reads 1 to {FORMAT}"
-            raise UserError(f"{path}: {problem}; use the version that wrote it")
         if not isinstance(state, dict) or not state.keys() >= REQUIRED_KEYS:
             raise Damaged(f"{path}: not a vgan checkpoint (keys are missing)")
+        _check_version(path, version)
         _check_values(state)
         if version > 1 and stated != digest(state, header):
             raise ValueError("the digest does not match")
@@ -352,8 +350,14 @@ def _read(path: Path) -> tuple[int, str, str, Any]:
     tree = metadata["state"]
     if magic != _MAGIC or len(tree) > _MAX_JSON_BYTES:
         raise ValueError("not a checkpoint, or too large")
-    state = _decode(json.loads(tree), tensors) if int(version) <= FORMAT else None
-    return int(version), metadata["sha256"], tree, state
+    _check_version(path, int(version))
+    return int(version), metadata["sha256"], tree, _decode(json.loads(tree), tensors)
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if version not in range(1, FORMAT + 1):
+        problem = f"has format {version!r:.20}, this vgan reads 1 to {FORMAT}"
+        raise UserError(f"{path}: {problem}; use the version that wrote it")
 
 
 def _check_values(state: dict[str, Any]) -> None:

@@ -38,9 +38,9 @@ def read(path: Path) -> tuple[Any, Any, str, Any]:
             or archive.testzip()
         ):
             raise zipfile.BadZipFile("compressed, too large, or with a wrong checksum")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what the errors below report
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(), path.open("rb") as f:
+        warnings.simplefilter("ignore")  # about files that raise an error as well
+        state = torch.load(f, map_location="cpu", weights_only=True)
     return state.pop("format", None), state.pop("digest", None), "", state
 
 
