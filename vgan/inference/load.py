@@ -32,7 +32,7 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
     Raises UserError if there is no readable checkpoint.
     """
     path = Path(ckpt).expanduser()
-    if path.suffix.lower() == ".safetensors" and not checkpoint.is_checkpoint(path):
+    if not path.is_dir() and not checkpoint.is_checkpoint(path):
         state = read_safetensors(path)
     else:
         state = checkpoint.load_newest(ckpt)[1]

@@ -1,7 +1,8 @@
 """Checkpoints: nested dicts of tensors and plain values in safetensors files.
 
-The tensors are in the file by their path, such as "G_ema/input.basis"; other tools can read them. The nesting and all
-plain values are one JSON text in the file's metadata, beside the format number and a SHA-256 over everything.
+Tensors are stored under their path, such as "G_ema/input.basis", and can be read by other tools.
+The nesting and all plain values are one JSON text in the metadata of the file, beside the number of
+the format and a SHA-256 of everything.
 """
 
 import contextlib
@@ -26,16 +27,15 @@ from vgan.runtime.errors import UserError, is_out_of_memory
 from vgan.runtime.renamed import upgrade_config
 
 FORMAT = 3  # 1 and 2 were zip archives of torch.save; see checkpoint_v2
-BEST = "best.safetensors"  # the checkpoint with the best metric of a run
 DAMAGED, REJECTED = "damaged-", "rejected-"  # prefixes of checkpoints that are not used again
 REQUIRED_KEYS = frozenset(
-    ["config", "sizes", "data", "cur_nimg", "G", "D", "G_ema", "opt_G", "opt_D"]
-    + ["scaler_G", "scaler_D"]
+    "config sizes data cur_nimg G D G_ema opt_G opt_D scaler_G scaler_D".split()  # noqa: SIM905
 )
+_BEST = "best.safetensors"
 _MAGIC = "vgan checkpoint"
 _NAME = re.compile(r"checkpoint-(\d{9,})\.(safetensors|pt)")
 # Limits on what a file may make a reader do. A billion weights need 10,000 leaves and 6 levels.
-_MAX_HEADER_BYTES, _MAX_LEAVES, _MAX_DEPTH = 32_000_000, 200_000, 24
+_MAX_JSON_BYTES, _MAX_LEAVES, _MAX_DEPTH = 32_000_000, 200_000, 24
 _UNREADABLE = (SafetensorError, *checkpoint_v2.ERRORS)
 
 
@@ -46,6 +46,18 @@ class Damaged(UserError):
 def path_at(run_dir: Path, cur_nimg: int) -> Path:
     """Return run_dir/checkpoint-<cur_nimg, 9 digits>.safetensors."""
     return run_dir / f"checkpoint-{cur_nimg:09d}.safetensors"
+
+
+def best_path(run_dir: Path) -> Path:
+    """Return the path for the checkpoint with the best metric."""
+    return run_dir / _BEST
+
+
+def find_best(run_dir: Path) -> Path | None:
+    """Return the checkpoint with the best metric, of any format; None without one."""
+    path = best_path(run_dir)
+    paths = [path, path.with_suffix(".pt")]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def nimg_of(path: Path) -> int:
@@ -64,20 +76,17 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint atomically, then remove all but the newest `keep` of its folder.
 
-    A kill at any moment leaves either the old checkpoints or the new one. If the disk has too little space, the oldest
-    checkpoints are removed first, but never the newest. A file of the same name in the old format is replaced.
-
-    Raises UserError if the disk is full or read-only; the newest checkpoint is then untouched.
+    A kill at any moment leaves either the old checkpoints or the new one. Where the disk has too
+    little space, the oldest are removed first, but never the newest. A file of the same name in the
+    old format is replaced. Raises UserError, without a change, if the disk is full or read-only.
     """
-    try:
+    with _one_line_errors(path):
         _make_room(path, sum(x.nbytes for _, x in walk(state) if isinstance(x, Tensor)))
         _write(path, state)
         if path.suffix == ".safetensors":
             path.with_suffix(".pt").unlink(missing_ok=True)
         for old in all_checkpoints(path.parent)[:-keep]:
             old.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as e:
-        raise _cannot_write(path, e) from e
 
 
 def convert(path_in: Path, path_out: Path) -> None:
@@ -86,10 +95,18 @@ def convert(path_in: Path, path_out: Path) -> None:
     Raises UserError if one cannot be read or the other cannot be written.
     """
     state = load(path_in)
-    try:
+    with _one_line_errors(path_out):
         _write(path_out, state)
-    except (OSError, SafetensorError) as e:
-        raise _cannot_write(path_out, e) from e
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())
+        fix = "free space, then run the same command again"
+        raise UserError(f"{path}: cannot be written ({reason:.200}); {fix}") from e
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -99,22 +116,14 @@ def _write(path: Path, state: dict[str, Any]) -> None:
     metadata = {"format": f"{_MAGIC} {FORMAT}", "sha256": digest(state, tree), "state": tree}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(_unshared(tensors), temporary, metadata)
+        save_file(tensors, temporary, metadata)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, SafetensorError):
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _cannot_write(path: Path, e: Exception) -> UserError:
-    reason = getattr(e, "strerror", None) or str(e)
-    return UserError(
-        f"{path}: cannot be written ({reason}); free space, then run the same command again"
-    )
+            temporary.unlink(missing_ok=True)
 
 
 def _make_room(path: Path, tensor_bytes: int) -> None:
@@ -151,8 +160,8 @@ def _sync_folder(folder: Path) -> None:
 def _encode(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return `node` as JSON values and add its tensors to `tensors`.
 
-    Objects whose only key begins with "$" stand for what JSON lacks: tensors, with their strides, which optimizers
-    depend on; tuples; and dicts with keys that are numbers.
+    An object whose only key begins with "$" stands for what JSON lacks: a tensor, with its strides,
+    on which fused optimizers depend; a tuple; or a dict with numbers as keys.
     """
     if isinstance(node, Tensor):
         while name in tensors or name == "__metadata__":  # {"a/b": x, "a": {"b": y}}
@@ -173,7 +182,7 @@ def _encode(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return what `_encode` was given. Each tensor may be used once, so that a small file cannot fill the memory."""
+    """Return what `_encode` was given. A tensor occurs once, so that the file bounds the memory."""
     if isinstance(node, list):
         return [_decode(child, tensors) for child in node]
     if not isinstance(node, dict):
@@ -187,20 +196,10 @@ def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: _decode(child, tensors) for key, child in items}
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with a storage of their own each, as safetensors requires."""
-    unshared, storages = {}, set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        unshared[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    return unshared
-
-
 def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Return whether the elements fill their memory in some order, each one once."""
     expected = 1
-    for step, size in sorted(zip(stride, shape)):
+    for step, size in sorted(zip(stride, shape, strict=True)):
         if size > 1 and step != expected:
             return False
         expected *= size
@@ -210,14 +209,14 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 def _with_stride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     """Return a copy with the given strides; the original is a view of the file."""
     if not _is_dense(tensor.shape, stride):
-        raise ValueError(f"strides {stride} of a tensor {tuple(tensor.shape)}")
+        raise ValueError(f"strides {stride}")
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 
 def walk(state: Any) -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf) of nested dicts, lists and tuples in their order.
 
-    Raises ValueError if there are too many, or too deep, or if a key is neither a string nor a number.
+    Raises ValueError if there are too many, or too deep, or if a key is no string or number.
     """
     waiting: list[tuple[str, int, Any]] = [("", 0, state)]
     leaves = 0
@@ -266,7 +265,7 @@ def is_checkpoint(path: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format", "").startswith(_MAGIC)
     except (OSError, SafetensorError):
-        return path.name == BEST or _NAME.fullmatch(path.name) is not None
+        return path.name == _BEST or _NAME.fullmatch(path.name) is not None
 
 
 def find(ckpt: str | Path) -> Path:
@@ -309,24 +308,20 @@ def load_newest(ckpt: str | Path) -> tuple[Path, dict[str, Any]]:
 def load(path: Path) -> dict[str, Any]:
     """Return the state in a checkpoint, of any format, on the CPU. No code in the file is run.
 
-    Raises Damaged, a UserError, if the file is damaged or not a checkpoint; a plain UserError if the file may be intact
-    but cannot be read here: by this user, this version, or in this memory.
+    Raises Damaged, a UserError, if the file is damaged or not a checkpoint; a plain UserError if it
+    may be intact but cannot be read here: by this user, this version, or in this memory.
     """
     try:
         with path.open("rb") as f:
             start = f.read(8)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
+    read = checkpoint_v2.read if start.startswith(b"PK") else _read
     try:
-        if start.startswith(b"PK"):
-            version, stated, header, state = checkpoint_v2.read(path)
-        else:
-            version, stated, header, state = _read(path, start)
-        if version not in range(1, FORMAT + 1):
-            problem = f"has format {version!r:.20}, this vgan reads 1 to {FORMAT}"
-            raise UserError(f"{path}: {problem}; use the version that wrote it")
+        version, stated, header, state = read(path)
         if not isinstance(state, dict) or not state.keys() >= REQUIRED_KEYS:
             raise Damaged(f"{path}: not a vgan checkpoint (keys are missing)")
+        _check_version(path, version)
         _check_values(state)
         if version > 1 and stated != digest(state, header):
             raise ValueError("the digest does not match")
@@ -346,20 +341,23 @@ def load(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: cannot be read ({e.strerror or e}); check the disk") from e
 
 
-def _read(path: Path, start: bytes) -> tuple[int, str, str, Any]:
+def _read(path: Path) -> tuple[int, str, str, Any]:
     """Return format, digest, JSON text and state of a file of format 3 or newer."""
-    if int.from_bytes(start, "little") > _MAX_HEADER_BYTES:
-        raise ValueError("the header is too long")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     magic, _, version = metadata["format"].rpartition(" ")
-    if magic != _MAGIC:
-        raise Damaged(f"{path}: not a vgan checkpoint, but a {metadata['format']:.40}")
-    if int(version) > FORMAT:
-        return int(version), "", "", None
     tree = metadata["state"]
+    if magic != _MAGIC or len(tree) > _MAX_JSON_BYTES:
+        raise ValueError("not a checkpoint, or too large")
+    _check_version(path, int(version))
     return int(version), metadata["sha256"], tree, _decode(json.loads(tree), tensors)
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if version not in range(1, FORMAT + 1):
+        problem = f"has format {version!r:.20}, this vgan reads 1 to {FORMAT}"
+        raise UserError(f"{path}: {problem}; use the version that wrote it")
 
 
 def _check_values(state: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,16 +27,16 @@ def append_metrics(
     protocol: Mapping[str, Any],
     extra: Mapping[str, float | None] | None = None,
 ) -> None:
-    """Append the metrics of a checkpoint to metrics.jsonl. Raises UserError if it cannot be written."""
+    """Append the metrics of a checkpoint to metrics.jsonl. Raises UserError on a full disk."""
     line = {"ckpt": ckpt_name, "cur_nimg": cur_nimg, **values, **(extra or {})}
     append_line(run_dir / "metrics.jsonl", json.dumps({**line, "protocol": protocol}))
 
 
 class TensorBoardFile:
-    """A TensorBoard event file. Opening one removes the steps from `first_step` on from earlier files.
+    """A TensorBoard event file, which replaces the steps from `first_step` on of earlier files.
 
-    It is written in the calling thread, so that a full disk raises OSError here. SummaryWriter writes in a thread of
-    its own, which an error ends with a traceback.
+    It is written in the calling thread, so that a full disk raises OSError here. SummaryWriter
+    writes in a thread of its own, which a full disk ends with a traceback.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
@@ -89,13 +88,14 @@ def _last_step(run_dir: Path) -> int:
     last = -1
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         with path.open("rb") as f, contextlib.suppress(DecodeError):
-            while len(header := f.read(12)) == 12:  # length and its checksum
-                (length,) = struct.unpack("<Q", header[:8])
+            while header := f.read(12):  # the length of an event and its checksum
+                length = int.from_bytes(header[:8], "little")
                 if length > _MAX_SCALAR_BYTES:
                     f.seek(length + 4, os.SEEK_CUR)
                     continue
                 content = f.read(length)
-                if len(f.read(4)) < 4:  # the checksum; the file was cut short
+                if len(f.read(4)) < 4:  # cut short; this step may lack more curves
+                    last = max(last - 1, -1)
                     break
                 event = Event.FromString(content)
                 if event.HasField("session_log"):
@@ -108,9 +108,10 @@ def _last_step(run_dir: Path) -> int:
 class RunLogger:
     """Writes stats.jsonl and the TensorBoard events of a run, from `cur_nimg` images on.
 
-    Later lines of an earlier run are removed. stats.jsonl is complete; curves that event files lack are written again
-    from it. A full disk does not end the run: lines wait in memory until they can be written, images are left out, and
-    one warning is printed. Of several processes only the first writes.
+    Later lines of an earlier session are removed. Curves that the event files lack are written
+    again from stats.jsonl. A full disk does not end the run: lines wait in memory until they can be
+    written, images are left out, and one warning is printed. Of several processes only the first
+    writes.
     """
 
     def __init__(self, run_dir: Path, cur_nimg: int) -> None:
@@ -161,7 +162,7 @@ class RunLogger:
         """Append a line to stats.jsonl, with null for what is not finite, and add its curves."""
         if rank() != 0:
             return
-        plain = {"cur_nimg": cur_nimg}
+        plain: dict[str, Any] = {"cur_nimg": cur_nimg}
         for name, value in values.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             plain[name] = value if finite else None
@@ -193,7 +194,8 @@ class RunLogger:
     ) -> None:
         """Write lines and images to the event file, or to a new one with all lines it lacks.
 
-        Raises OSError if the disk is full. The event file then ends within an event; the next call begins another.
+        Raises OSError if the disk is full. The event file may then end within an event, which
+        TensorBoard does not read past, so that the next call begins another.
         """
         events, self._events = self._events, None
         is_new = events is None

@@ -48,7 +48,7 @@ T = TypeVar("T")
 GRID_PICTURES = 64
 MAPPED = 6  # of them, with maps of attention and verdicts
 COMPARED = 32  # fakes of one class that the watchdog compares
-BEST = "best.pt"  # the checkpoint with the best metric so far
+BEST = "best.safetensors"  # the checkpoint with the best metric so far
 
 
 class PeriodicEvaluation:

@@ -262,7 +262,7 @@ def _start_folder(run: Run, cur_nimg: int) -> None:
     if rank() != 0:
         return
     for left in run.run_dir.glob(
-        ".*.pt.tmp"
+        ".*.tmp"
     ):  # by a kill in the midst of writing; the folder is ours
         left.unlink(missing_ok=True)
     if not path.is_file() or path.read_bytes() != text:
