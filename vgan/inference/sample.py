@@ -101,7 +101,7 @@ def sample(cfg: DictConfig) -> Path:
     parts = checkpoint.load_newest(cfg.ckpt)[1]
     G = restore_generator(parts, device)
     labels = parse_labels(cfg.label, G.label_names)  # type: ignore[arg-type]
-    if cfg.show != "pictures":
+    if cfg.show != "images":
         D = restore_discriminator(parts, device) if cfg.show == "patches" else None
         return _write_maps(cfg, G, D, labels, precision, out)
     if cfg.motion:
@@ -128,7 +128,7 @@ def _checked_out(cfg: DictConfig) -> Path:
             f"out={cfg.out}: has no name before its ending; give one, such as grid{out.name}"
         )
     kind = "" if out.is_dir() and out.suffix.lower() not in known else out.suffix.lower()
-    allowed = (".png",) if cfg.show != "pictures" else (*known, "")
+    allowed = (".png",) if cfg.show != "images" else (*known, "")
     if kind not in allowed:
         kinds = ", ".join(k for k in allowed if k)
         fix = f"give a name ending in {kinds}" + (", or a folder" if "" in allowed else "")
