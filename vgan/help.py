@@ -107,7 +107,7 @@ def _option_lines(path: Path) -> list[str]:
     comments = re.findall(r"^# (?!@package)(.*)$", text, re.M)
     lines = [_entry(f"  {f'{group}={path.stem}':<22} ", comments[0])]
     if group == "data":
-        keys = re.findall(r"^(\w+): .*?# (.*)$", text, re.M)
+        keys = re.findall(r"^  (\w+): .*?# (.*)$", text, re.M)
         lines += [_entry(f"      data.{name:<12} ", why) for name, why in keys]
     return lines
 
