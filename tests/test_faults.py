@@ -150,7 +150,7 @@ def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
         for w in checkpoint.load(checkpoint.find(tmp_path / "r"))["G"].values()
     )
     put_aside = sorted(p.name for p in (tmp_path / "r").glob("rejected-*"))
-    assert put_aside == ["rejected-checkpoint-000000160.pt", "rejected-checkpoint-000000200.pt"]
+    assert put_aside == ["rejected-checkpoint-000000160.safetensors", "rejected-checkpoint-000000200.safetensors"]
 
 
 def test_a_fault_before_the_first_checkpoint_starts_anew(
@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_never_written(
 
     inject(monkeypatch, unnoticed, lambda nimg, stream: nimg == 232 and stream == 0)
     train_in_process(tmp_path / "r", "keep_checkpoints=99")
-    for path in (tmp_path / "r").glob("*.pt"):
+    for path in (tmp_path / "r").glob("*.safetensors"):
         assert all(torch.isfinite(w).all() for w in checkpoint.load(path)["G"].values())
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["recovery"]["stream"] == 1
 
@@ -293,7 +293,7 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(
 ) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        UserError, match=r"checkpoint-000000400.pt: cannot be written \(No space left on device\)"
+        UserError, match=r"checkpoint-000000400.safetensors: cannot be written \(No space left on device\)"
     ):
         train_in_process(tmp_path / "r")
 
@@ -305,12 +305,12 @@ def test_the_oldest_checkpoints_make_room_but_never_the_newest_and_never_in_vain
     parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
     size = checkpoint.find(tmp_path / "r").stat().st_size
     needed = checkpoint_bytes(parts)
-    rejected = tmp_path / "r" / "rejected-checkpoint-000000130.pt"
+    rejected = tmp_path / "r" / "rejected-checkpoint-000000130.safetensors"
     rejected.write_bytes(checkpoint.find(tmp_path / "r").read_bytes())
 
     def with_free(free: int) -> list[int]:
         def usage(_: object) -> Any:
-            removed = 4 - len(list((tmp_path / "r").glob("*checkpoint-*.pt")))
+            removed = 4 - len(list((tmp_path / "r").glob("*checkpoint-*.safetensors")))
             return type("Usage", (), {"free": free + removed * size})
 
         seams.replace_disk_usage(usage, monkeypatch)
@@ -398,7 +398,7 @@ def test_curves_are_whole_after_a_disk_was_full(
 
 def test_what_a_kill_left_of_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
-    left = [tmp_path / "r" / name for name in (".checkpoint-000000050.pt.tmp", ".best.pt.tmp")]
+    left = [tmp_path / "r" / name for name in (".checkpoint-000000050.safetensors.tmp", ".best.safetensors.tmp")]
     for path in left:
         path.write_bytes(b"half")
     train_in_process(tmp_path / "r", "total_kimg=0.008")
@@ -439,7 +439,7 @@ def test_a_kill_before_an_evaluation_does_not_lose_it(
         tmp_path / "whole" / "metrics.jsonl"
     )
     assert_same_run(tmp_path / "whole", tmp_path / "r")
-    assert (tmp_path / "r" / "best.pt").is_file()
+    assert (tmp_path / "r" / "best.safetensors").is_file()
 
 
 def test_an_evaluation_that_finds_no_memory_costs_no_run(
@@ -459,9 +459,9 @@ def test_an_evaluation_that_finds_no_memory_costs_no_run(
 def test_the_end_is_judged_by_the_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by best.pt, which comes after it."""
+    """Not by best.safetensors, which comes after it."""
     real = checkpoint.save
-    refused = "checkpoint-000000064.pt"
+    refused = "checkpoint-000000064.safetensors"
 
     def save(path: Path, parts: dict[str, Any], keep: int) -> None:
         if path.name == refused:
@@ -469,16 +469,16 @@ def test_the_end_is_judged_by_the_newest_checkpoint(
         real(path, parts, keep)
 
     seams.replace_save(save, monkeypatch)
-    with pytest.raises(UserError, match=r"checkpoint-000000064.pt: cannot be written"):
+    with pytest.raises(UserError, match=r"checkpoint-000000064.safetensors: cannot be written"):
         train_in_process(tmp_path / "final", *EVALUATED)
-    assert (tmp_path / "final" / "best.pt").is_file()
-    refused = "best.pt"
+    assert (tmp_path / "final" / "best.safetensors").is_file()
+    refused = "best.safetensors"
     train_in_process(tmp_path / "best", *EVALUATED)
     assert [line["best"] for line in lines_of(tmp_path / "best" / "metrics.jsonl")] == [
         None,
         None,
     ]  # none is on the disk
-    assert checkpoint.find(tmp_path / "best").name == "checkpoint-000000064.pt"
+    assert checkpoint.find(tmp_path / "best").name == "checkpoint-000000064.safetensors"
 
 
 def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
@@ -486,10 +486,10 @@ def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
     writer = CheckpointWriter(9, print)
     before = writer.last_s
     assert writer.write(
-        tmp_path / "r" / "best.pt", checkpoint.load(checkpoint.find(tmp_path / "r"))
+        tmp_path / "r" / "best.safetensors", checkpoint.load(checkpoint.find(tmp_path / "r"))
     )
     assert writer.last_s == before
-    assert (tmp_path / "r" / "best.pt").is_file()
+    assert (tmp_path / "r" / "best.safetensors").is_file()
     writer.close()
 
 

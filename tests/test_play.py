@@ -576,7 +576,7 @@ def test_demo_starts_says_where_and_ends_on_ctrl_c(
     code, out, err = run(cli.demo_main, f"ckpt='{ckpt}'", "port=0", "device=cpu")
     assert (code, err) == (0, "")
     assert re.match(
-        r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.pt\nvgan-demo: ended\n$",
+        r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.safetensors\nvgan-demo: ended\n$",
         out,
     )
 

@@ -339,7 +339,7 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
             r"out=x.webp: frames of 32000 x 32000 px are larger",
         ),
         (["show=attention", "n=65"], "draws at most 64 pictures"),
-        (["show=attention", "zoom=2"], "zoom=2: goes with show=pictures"),
+        (["show=attention", "zoom=2"], "zoom=2: goes with show=images"),
         (["seeds=0-10000000"], "seeds=0-10000000: names more than 10,000,000"),
         (["out=.png"], "out=.png: has no name before its ending"),
         (["fps=0"], "fps=0.0: must be from 1 to 100"),

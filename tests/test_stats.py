@@ -6,7 +6,8 @@ import torch
 from runs import train_in_process
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from vgan.runs.log_writer import RunLogger, Stats
+from vgan.runs.log_writer import RunLogger
+from vgan.training.state import Stats
 
 
 def test_means_over_the_steps_that_had_the_name() -> None:
