@@ -8,10 +8,8 @@ from typing import Any
 
 import seams
 import torch
-from hydra import compose, initialize_config_dir
 
-from vgan import cli  # noqa: F401  (registers the schemas)
-from vgan.config import CONFIG_DIR, typed, validate
+from vgan import cli
 from vgan.runs import checkpoint
 from vgan.training.train import train
 
@@ -30,10 +28,7 @@ def start(run_dir: Path, *overrides: str, code: str = SLOW) -> "subprocess.Popen
 
 
 def train_in_process(run_dir: Path, *overrides: str, tiny: list[str] = TINY) -> None:
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("train", overrides=[*tiny, f"run_dir={run_dir}", *overrides])
-        validate(composed)
-        train(typed(composed))
+    train(cli.compose("vgan-train", [*tiny, f"run_dir={run_dir}", *overrides]))
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
