@@ -87,7 +87,7 @@ def _last_step(run_dir: Path) -> int:
 
     last = -1
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
-        with path.open("rb") as f, contextlib.suppress(DecodeError):
+        with path.open("rb") as f, contextlib.suppress(DecodeError, ValueError):
             while header := f.read(12):  # the length of an event and its checksum
                 length = int.from_bytes(header[:8], "little")
                 if length > _MAX_SCALAR_BYTES:
