@@ -15,26 +15,26 @@ except ModuleNotFoundError:  # Windows
 
 import vgan
 from vgan.data.packed import default_cache_dir
-from vgan.evaluation.evaluate import (
+from vgan.evaluation.evaluator import (
     SMALLER_IS_BETTER,
     Evaluator,
     make_evaluator,
-    read_records,
-    record,
     shown_values,
     write_nearest,
 )
 from vgan.inference.attention_maps import (
-    attention_sheet,
+    attention_grid,
+    attention_maps,
     has_attention,
-    look,
-    verdict_sheet,
-    verdicts,
+    patch_logits,
+    patch_logits_grid,
 )
 from vgan.inference.load import drawing_precision, restore_generator
 from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
+from vgan.runs.log_reader import read_metrics
+from vgan.runs.log_writer import append_metrics
 from vgan.runtime.console import in_lines, report_line
 from vgan.runtime.device import autocast, hardware
 from vgan.runtime.distributed import barrier, print0, rank, world_size
@@ -61,16 +61,16 @@ class PeriodicEvaluation:
     def __init__(self, run: Run, writer: CheckpointWriter) -> None:
         settings, self._writer = run.config["eval"], writer
         config = {
-            **settings,
+            **{k: settings[k] for k in ("metrics", "n", "repeats")},
             "batch_size": 128,
             **{k: run.config[k] for k in ("features", "seed", "holdout")},
         }
         self._run, self._by, self._device = run, settings["best_by"], run.recipe.device
         self._precision = drawing_precision("auto", self._device)
-        self._evaluator: Evaluator = make_evaluator(config, run.dataset, self._device)
+        self._evaluator: Evaluator = make_evaluator(run.dataset, self._device, **config)
         protocol = self._evaluator.protocol(self._precision)
         records = [
-            r for r in read_records(run.run_dir) if "best" in r and r.get("protocol") == protocol
+            r for r in read_metrics(run.run_dir) if "best" in r and r.get("protocol") == protocol
         ]
         self._best: float | None = (
             records[-1]["best"] if records and (run.run_dir / BEST).is_file() else None
@@ -106,11 +106,12 @@ class PeriodicEvaluation:
         # on the disk before it is on record: what metrics.jsonl calls the best is there
         if better and self._writer.write(run.run_dir / BEST, {**parts, "metrics": result.values}):
             self._best = value
-        record(
+        append_metrics(
             run.run_dir,
             checkpoint.path_at(run.run_dir, cur_nimg).name,
             cur_nimg,
-            result,
+            result.values,
+            result.protocol,
             {"best": self._best},
         )
         return {f"metrics/{name}": v for name, v in result.values.items()}
@@ -246,10 +247,10 @@ class SampleGrid:
         z, c = self._z[:MAPPED], self._c[:MAPPED]
         sheets = {}
         if has_attention(G):
-            sheets["attention"] = attention_sheet(*look(G, z, c, precision))
+            sheets["attention"] = attention_grid(*attention_maps(G, z, c, precision))
         if hasattr(D, "logit_map"):
             images = fakes[:MAPPED]
-            sheets["looks_fake"] = verdict_sheet(images, verdicts(D, images, c, precision))
+            sheets["looks_fake"] = patch_logits_grid(images, patch_logits(D, images, c, precision))
         return sheets
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from vgan.config import validate
 from vgan.data.packed import default_cache_dir
 from vgan.data.webdataset import Interrupted
-from vgan.evaluation.evaluate import read_records
+from vgan.runs.log_reader import read_metrics
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runs.log_writer import RunLogger
@@ -239,7 +239,7 @@ def _owes_evaluation(run: Run, cur_nimg: int) -> bool:
     return wanted and broadcast_from_rank0(
         lambda: (
             not any(
-                r.get("cur_nimg") == cur_nimg and "best" in r for r in read_records(run.run_dir)
+                r.get("cur_nimg") == cur_nimg and "best" in r for r in read_metrics(run.run_dir)
             )
         )
     )
