@@ -89,7 +89,7 @@ def attention_maps(
 
 
 def finest_attention(G: GeneratorBase) -> tuple[nn.Module, tuple[int, int, int]] | None:
-    """Return the finest attention layer of at most MAX_POSITIONS positions, and its (heads, h, w)."""
+    """Return the finest attention layer up to MAX_POSITIONS positions, and its (heads, h, w)."""
     layers = attention_layers(G)
     if not layers:
         return None
@@ -112,7 +112,7 @@ def patch_logits(D: Discriminator, images: Tensor, c: Tensor, precision: str = "
 def attention_grid(
     images: Tensor, maps: Sequence[AttentionMap], query: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Draw a row for each uint8 image (N, C, H, W): the image, then attention and gates of each layer.
+    """Draw a row for each uint8 image (N, C, H, W): the image, then attention and gates.
 
     The attention is that of one position. query: row and column of that position as fractions of
     height and width, in [0, 1). None takes the position that the layer changed most. Bright means
