@@ -36,7 +36,8 @@ from vgan.models.cost import count_multiply_adds, count_parameters
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runtime.console import in_lines, report_line
-from vgan.runtime.device import autocast, hardware
+from vgan.runtime.device import autocast
+from vgan.runtime.hardware import describe
 from vgan.runtime.distributed import barrier, print0, rank, world_size
 from vgan.runtime.errors import UserError, is_out_of_memory
 from vgan.runtime.images import enlarge, grid, to_float, to_uint8, zoom_for
@@ -273,7 +274,7 @@ def start_record(run: Run, cur_nimg: int) -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "vgan": vgan.__version__,
         "torch": str(torch.__version__),
-        "device": (f"{world} x " if world > 1 else "") + hardware(run.recipe.device),
+        "device": (f"{world} x " if world > 1 else "") + describe(run.recipe.device),
         "precision": run.recipe.precision,
         "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
         "data": {"images": len(data), "digest": data.digest, **run.identity["sizes"]},
