@@ -26,6 +26,8 @@ from vgan.config import (
     ReportConfig,
     SampleConfig,
     TrainConfig,
+    typed,
+    validate,
 )
 from vgan.help import (
     DATA_INTRO,
@@ -112,7 +114,8 @@ def _train(cfg: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_dir = f"{cfg.run_dir}/{_sweep_name(sys.argv[1:], HydraConfig.get().overrides.task)}"
     with _one_line_errors("vgan-train", TrainConfig):
-        train(cfg)
+        validate(cfg)
+        train(typed(cfg))
 
 
 def _sweep_name(argv: Sequence[str], job: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-from omegaconf import MISSING, ListConfig
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from vgan.runtime.errors import UserError
 
@@ -576,3 +576,8 @@ def validate_data(cfg: Any) -> None:
     if cfg.sheet is not None:
         require(cfg.do != "pack", "sheet", cfg.sheet, "is written by info and check; leave it out")
         require(Path(cfg.sheet).suffix.lower() == ".png", "sheet", cfg.sheet, "must end in .png")
+
+
+def typed(cfg: DictConfig) -> Any:
+    """Return the dataclass instance that a composed config describes."""
+    return OmegaConf.to_object(cfg)

@@ -199,3 +199,9 @@ def _sheet(titles: list[str], columns: list[list[np.ndarray]]) -> np.ndarray:
         for y, tile in enumerate(column):
             sheet.paste(Image.fromarray(tile), (left, _BAND + gap + y * (side + gap)))
     return np.asarray(sheet)
+
+
+attention_maps = look
+patch_logits = verdicts
+attention_grid = attention_sheet
+patch_logits_grid = verdict_sheet

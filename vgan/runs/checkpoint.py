@@ -61,6 +61,17 @@ class Damaged(UserError):
     """A checkpoint that cannot be read, or is not vgan's; another one may serve."""
 
 
+def best_path(run_dir: Path) -> Path:
+    """Return where the best checkpoint is written."""
+    return run_dir / "best.pt"
+
+
+def find_best(run_dir: Path) -> Path | None:
+    """Return the best checkpoint of a run folder, if there is one."""
+    path = best_path(run_dir)
+    return path if path.is_file() else None
+
+
 def path_at(run_dir: Path, cur_nimg: int) -> Path:
     """checkpoint-<images seen, 9 digits>.pt"""
     return run_dir / f"checkpoint-{cur_nimg:09d}.pt"
@@ -235,6 +246,13 @@ def load(path: Path) -> dict[str, Any]:
         ):
             raise ValueError("the digest does not fit")
         parts["config"] = upgrade_config(parts["config"])
+        for old, new in (("controls", "strength"), ("rescue", "recovery"), ("varied", "diversity")):
+            if old in parts:
+                parts[new] = parts.pop(old)
+        if "tries" in parts.get("recovery", {}):
+            recovery = parts["recovery"]
+            recovery["rollbacks"] = recovery.pop("tries")
+            recovery["failure_nimg"] = recovery.pop("fault_nimg")
     except UserError:
         raise
     except _UNREADABLE as e:

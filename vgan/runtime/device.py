@@ -63,7 +63,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def has_fast_bf16() -> bool:
-    """Return whether the CPU multiplies bf16 (AVX-512 BF16 or AMX); emulation is slower than fp32."""
+    """Return whether the CPU multiplies bf16 (AVX-512 BF16, AMX); emulation is slower than fp32."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

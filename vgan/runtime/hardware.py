@@ -62,9 +62,9 @@ def resident_gb() -> float:
 
 def host_peak_gb() -> float:
     """Return this process's peak memory since `reset_peak` on Linux, since its start elsewhere."""
-    if _STATUS.exists():
-        if match := re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE):
-            return int(match[1]) * 1024 / 1e9
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    if match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+        return int(match[1]) * 1024 / 1e9
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return memory.peak_wset / 1e9
