@@ -28,6 +28,7 @@ from vgan.config import (
     TrainConfig,
     typed,
     validate,
+    validate_data,
 )
 from vgan.help import (
     DATA_INTRO,
@@ -172,8 +173,9 @@ def _doctor(cfg: DictConfig) -> None:
     from vgan.apps.doctor import doctor
 
     with _one_line_errors("vgan-doctor", TrainConfig):
+        validate(cfg)
         found_by = [word for word in sys.argv[1:] if word.startswith("--config-dir=")]
-        sys.exit(doctor(cfg, found_by + list(HydraConfig.get().overrides.task)))
+        sys.exit(doctor(typed(cfg), found_by + list(HydraConfig.get().overrides.task)))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="data")
@@ -181,7 +183,9 @@ def _data(cfg: DictConfig) -> None:
     from vgan.apps.datasets import data
 
     with _one_line_errors("vgan-data", DataConfig):
-        sys.exit(data(cfg))
+        validate_data(cfg)
+        node: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
+        sys.exit(data(DataConfig(cfg.do, cfg.sheet, node)))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="demo")
