@@ -28,6 +28,7 @@ VALUES = {
         "exact": "double_backward",
         "difference": "finite_difference",
     },
+    "show": {"pictures": "images"},
 }
 # Values in metrics.jsonl and in checkpoints.
 METRICS = {
