@@ -340,7 +340,7 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(
     code, out, _ = run.train(*TINY, "run_dir=r")
     assert code == 0
     assert "r/checkpoint-000000032.safetensors: not a readable checkpoint" in out
-    assert "from 16 images on" in out
+    assert "resumed at 16 images" in out
     assert (
         tmp_path / "r" / "damaged-checkpoint-000000032.safetensors"
     ).read_bytes() == damaged  # nothing is lost
