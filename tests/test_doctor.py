@@ -82,7 +82,7 @@ def test_what_it_says_of_a_checkpoint_is_what_training_writes(
     assert code == 0
     told = float(re.findall(r"checkpoints of ([\d.]+) kB", out)[0]) * 1e3
     run.train(*SMALL, "run_dir=r", "total_kimg=0.016")
-    assert told == pytest.approx(Path("r/checkpoint-000000016.pt").stat().st_size, rel=0.25)
+    assert told == pytest.approx(Path("r/checkpoint-000000016.safetensors").stat().st_size, rel=0.25)
 
 
 def test_faster_settings_are_recommended_and_other_batches_only_mentioned(

@@ -16,7 +16,11 @@ from vgan.models.layers import (
 )
 
 
-class Discriminator(nn.Module):
+class DiscriminatorBase(nn.Module):
+    """A network from images and one-hot classes to a grid of logits."""
+
+
+class Discriminator(DiscriminatorBase):
     """PatchGAN: picture (N, C, H, W) in [-1, 1] and one-hot c (N, label_dim) -> a grid of logits (N, 1, h, w).
 
     Stages of residual blocks with antialiased downsampling from img_resolution towards 4 px, mirrored to the

@@ -79,7 +79,17 @@ def attention_layer(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"attention={kind}: unknown; use none, self or adaptive")
 
 
-class Generator(nn.Module):
+class GeneratorBase(nn.Module):
+    """A network from z (N, z_dim) and one-hot c (N, label_dim) to images (N, C, H, W) in [-1, 1]."""
+
+    z_dim: int
+    label_dim: int
+    img_resolution: int
+    img_channels: int
+    label_names: tuple[str, ...]  # set when a checkpoint is loaded
+
+
+class Generator(GeneratorBase):
     """z (and a class) -> learned 4x4 basis -> residual stages with antialiased upsampling -> picture.
 
     forward(z, c): z (N, z_dim) ~ N(0, I); c (N, label_dim) one-hot, or None where label_dim is 0; returns
@@ -144,7 +154,7 @@ class Generator(nn.Module):
         return self.to_rgb(self.act(x))
 
 
-class PlainGenerator(nn.Module):
+class PlainGenerator(GeneratorBase):
     """The textbook generator: a stack of 3x3 convolutions with ReLU, nearest upsampling between them, Tanh at the end.
 
     Same arguments, input and output range as `Generator` where they apply; `blocks` is the number of convolutions a
