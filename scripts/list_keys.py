@@ -29,7 +29,12 @@ def key_tables() -> str:
     with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
         for name, twins in programs.items():
             values = OmegaConf.to_container(compose(name))
-            lines += [f"### {' and '.join(twins)}", "", "| key | value | what it is |", "|---|---|---|"]
+            lines += [
+                f"### {' and '.join(twins)}",
+                "",
+                "| key | value | what it is |",
+                "|---|---|---|",
+            ]
             for key, text in config.explained_keys(cli.COMMANDS[twins[0]].schema):
                 lines.append(f"| `{key}` | {_shown(values, key)} | {_cell(text)} |")
             lines.append("")
