@@ -133,6 +133,11 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
     if missing := re.search(r"issing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.S):
         name = missing[2] or missing[1]
         return f"{name}: must be given, as {name}=VALUE"
+    if found := re.search(r"In 'data/([^']+)': .*?(?:override|Key) '(\w+)", text, re.S):
+        rule = (
+            f"its file sets {found[2]}, a key of training; move it to defaults_for/{found[1]}.yaml"
+        )
+        return f"data={found[1]}: {rule}"
     for override in sorted(argv, key=lambda word: -len(_name(word))):  # data.size before data
         if line := _line_about(override, text, reason, schema):
             return line
