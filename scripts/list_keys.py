@@ -1,8 +1,8 @@
-"""Write the tables of keys into docs/configuration.md, from the schemas and the YAML files that the commands read.
+"""Write the tables of keys into docs/configuration.md, from the schemas and the YAML files.
 
     uv run python scripts/list_keys.py
 
-tests/test_docs.py fails while the page says something else.
+tests/test_docs.py fails while the page differs.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vgan import cli, config  # noqa: F401  (cli registers the schemas)
+from vgan import cli, config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -21,38 +21,26 @@ BEGIN, END = "<!-- keys: written by scripts/list_keys.py -->", "<!-- end of keys
 
 
 def commands() -> dict[str, tuple[str, type]]:
-    """Every console script with the name of its YAML file and the schema of its keys."""
-    found = {}
-    for script in re.findall(
-        r'^(vgan-\w+) = "vgan\.cli:', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
-    ):
-        name = {"vgan-doctor": "train"}.get(script, script.removeprefix("vgan-"))
-        found[script] = name, getattr(config, f"{name.capitalize()}Config")
-    return found
+    """Return every console script with the name of its YAML file and the schema of its keys."""
+    return {name: (command.config_name, command.schema) for name, command in cli.COMMANDS.items()}
 
 
 def tables() -> str:
-    """A table for every schema: key, value without overrides, explanation."""
-    parts = []
-    named = commands()
+    """Return a table for every YAML file: key, default value, explanation."""
+    cli.register_schemas()
+    programs: dict[str, list[str]] = {}
+    for program, command in cli.COMMANDS.items():
+        programs.setdefault(command.config_name, []).append(program)
+    lines = []
     with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
-        for script, (name, schema) in named.items():
-            twins = [other for other, (its, _) in named.items() if its == name]
-            if script != twins[0]:
-                continue
+        for name, sharing in programs.items():
             values = OmegaConf.to_container(compose(name))
-            parts += [
-                f"### {' and '.join(twins)}",
-                "",
-                "| key | value | what it is |",
-                "|---|---|---|",
-            ]
-            parts += [
-                f"| `{key}` | {_shown(values, key)} | {_cell(text)} |"
-                for key, text in config.explained_keys(schema)
-            ]
-            parts.append("")
-    return "\n".join(parts)
+            lines += [f"### {' and '.join(sharing)}", ""]
+            lines += ["| key | value | meaning |", "|---|---|---|"]
+            for key, text in config.explained_keys(cli.COMMANDS[sharing[0]].schema):
+                lines.append(f"| `{key}` | {_shown(values, key)} | {_cell(text)} |")
+            lines.append("")
+    return "\n".join(lines)
 
 
 def _shown(values: Any, key: str) -> str:
@@ -75,10 +63,9 @@ def _cell(text: str) -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables as they should be."""
-    return re.sub(
-        f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{tables()}\n{END}", page, flags=re.DOTALL
-    )
+    """Return the page with up-to-date tables."""
+    text = f"{BEGIN}\n\n{tables()}\n{END}"
+    return re.sub(f"{BEGIN}.*{END}", lambda _: text, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

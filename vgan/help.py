@@ -64,23 +64,10 @@ vgan-export to=html writes the same page as files that need no server.""",
 }
 
 # Names that other programs use for a key.
-_FOREIGN = {
-    "class": "label",
-    "classes": "label",
-    "trunc": "truncation",
-    "minutes": "total_kimg",
-    "epochs": "total_kimg",
-    "kimg": "total_kimg",
-    "steps": "total_kimg",
-    "batch": "batch_size",
-    "resolution": "data.resolution",
-    "path": "data.path",
-    "outdir": "run_dir",
-    "lr": "optim.lr_G.start",
-    "workers": "threads",
-    "gpus": "device",
-    "network": "ckpt",
-}
+_FOREIGN = dict.fromkeys(("minutes", "epochs", "kimg", "steps"), "total_kimg")
+_FOREIGN |= {"class": "label", "classes": "label", "trunc": "truncation", "batch": "batch_size"}
+_FOREIGN |= {"resolution": "data.resolution", "path": "data.path", "outdir": "run_dir"}
+_FOREIGN |= {"lr": "optim.lr_G.start", "workers": "threads", "gpus": "device", "network": "ckpt"}
 _CANNOT_PARSE = "cannot be parsed; give KEY=VALUE, quoted where the shell would change it"
 
 
