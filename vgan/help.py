@@ -110,8 +110,7 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
     text = " ".join(str(c) for c in causes)
     reason = str(causes[-1]).splitlines()[0]
     if override := getattr(e, "override", None):  # set by Hydra's parser
-        rule = "cannot be parsed; give KEY=VALUE, quoted where the shell would change it"
-        return f"{override}: {rule}"
+        return f"{override}: cannot be parsed; give KEY=VALUE, in quotes for the shell"
     if option := re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text):
         return _no_such_option(option[1], option[2])
     if missing := re.search(r"issing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.S):
@@ -122,7 +121,9 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
             f"its file sets {found[2]}, a key of training; move it to defaults_for/{found[1]}.yaml"
         )
         return f"data={found[1]}: {rule}"
-    for override in sorted(argv, key=lambda word: word.find("="), reverse=True):  # data.size before data
+    for override in sorted(
+        argv, key=lambda word: word.find("="), reverse=True
+    ):  # data.size before data
         if line := _line_about(override, text, reason, schema):
             return line
     blamed = [f"{word}: " for word in argv if word in text]
