@@ -1,4 +1,4 @@
-"""An oracle that recognises the images of `vgan.data.shapes.Shapes`, and scores of samples by it."""
+"""An oracle that recognises the images of `vgan.data.shapes.Shapes`, and scores by it."""
 
 from dataclasses import dataclass
 
