@@ -80,13 +80,20 @@ def attention_layer(kind: str, channels: int) -> nn.Module:
 
 
 class GeneratorBase(nn.Module):
-    """A network from z (N, z_dim) and one-hot c (N, label_dim) to images (N, C, H, W) in [-1, 1]."""
+    """The base class of all generators: a network from latents and classes to images.
+
+    forward(z, c): z (N, z_dim) ~ N(0, I); c (N, label_dim) one-hot, or None where label_dim is 0.
+    Returns (N, img_channels, img_resolution, img_resolution): -1 is black, 1 is white, not clipped.
+    """
 
     z_dim: int
     label_dim: int
     img_resolution: int
     img_channels: int
     label_names: tuple[str, ...]  # set when a checkpoint is loaded
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
 
 
 class Generator(GeneratorBase):
