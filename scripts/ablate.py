@@ -28,7 +28,7 @@ from vgan.data.packed import default_cache_dir
 from vgan.data.shapes import SHAPE_NAMES, Oracle, score_samples
 from vgan.evaluation.evaluate import make_evaluator
 from vgan.inference.load import draw, drawing_precision, load_generator
-from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.training.summary import count_multiply_adds, count_parameters
 from vgan.runtime.device import pick_device
 
 RUNGS = ("plain", "conv", "sep", "attn", "adaptive")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import GatedSelfAttention, GeneratorBase
-from vgan.models.layers import AdaptiveAttention2d
+from vgan.models.attention import AdaptiveAttention2d
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import enlarge, to_float, to_uint8
