@@ -123,6 +123,18 @@ def run(command: Command) -> None:
         hydra.main(str(config.CONFIG_DIR), command.config_name, version_base="1.3")(command)()
 
 
+def compose(program: str, overrides: Sequence[str]) -> Any:
+    """Return the typed, validated config of a command with these overrides.
+
+    Raises UserError for bad values, HydraException or OmegaConfBaseException for bad overrides.
+    """
+    register_schemas()
+    with hydra.initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
+        settings = config.typed(hydra.compose(COMMANDS[program].config_name, list(overrides)))
+    validate(settings)
+    return settings
+
+
 def compose_train(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return vgan-train's config with these overrides, resolved and with its interpolations.
 

@@ -130,7 +130,7 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
         return f"{override}: {_CANNOT_PARSE}"
     if option := re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text):
         return _no_such_option(option[1], option[2])
-    if missing := re.search(r"Missing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.S):
+    if missing := re.search(r"issing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.S):
         name = missing[2] or missing[1]
         return f"{name}: must be given, as {name}=VALUE"
     for override in sorted(argv, key=lambda word: -len(_name(word))):  # data.size before data

@@ -1,8 +1,9 @@
-"""The feed: the batch at any image count, as a pure function of (data, seed, cur_nimg)."""
+"""Batches: the images of a step as a pure function of (data, seed, cur_nimg)."""
 
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,21 +11,37 @@ from torch import Tensor
 
 from vgan.data.source import Dataset
 from vgan.runtime.images import to_float
-from vgan.runtime.rng import permute
+from vgan.runtime.rng import Streams, permute
 
-AHEAD = 4  # batches that are being read while one is used
-_BLOCK = 4096  # images whose order is worked out at once
+AHEAD = 4  # batches that are read while one is in use
+_BLOCK = 4096  # images whose order is computed at once
+
+
+class Batch(NamedTuple):
+    """Reals (N, C, H, W) in [-1, 1], one-hot classes (N, label_dim) and random numbers."""
+
+    real: Tensor
+    c: Tensor
+    rng: Streams
+
+    def split(self, count: int) -> list["Batch"]:
+        """Return `count` or fewer micro-batches of equal size, except the last."""
+        if count == 1:
+            return [self]
+        size = -(-len(self.real) // count)
+        starts = range(0, len(self.real), size)
+        return [Batch(*(x[i : i + size] for x in self)) for i in starts]
 
 
 class Loader:
-    """Batches of a data set in a shuffled order that is computed, not drawn: it can be entered anywhere.
+    """Batches of a data set in a shuffled order that is computed, so that it can start anywhere.
 
-    Image number i of the run is item permute(i mod N) of epoch i // N; `holdout` items are never among them. On a GPU the whole
-    set is held as uint8 if it takes less than half of the free memory (or as hold_on_device says). Otherwise threads read the
-    next batches ahead of need, row by row from the file: a mapped file would grow the process by every page it touched.
-    `waited_s` counts the seconds for which `batch` stood still for data.
+    Image i of the run is item permute(i mod N) of epoch i // N, held-out items excluded. On a GPU
+    the whole set is kept as uint8 if it takes less than half of the free memory (or as
+    hold_on_device says). Otherwise threads prefetch, row by row from the file: a memory map would
+    grow the process by every page it touched. `waited_s` counts the seconds spent waiting for data.
 
-    `share` = (i, n) gives the i-th of n equal parts of every batch, for one of n processes.
+    `share` = (i, n) selects the i-th of n equal shares of every batch, for one of n processes.
     """
 
     def __init__(
@@ -37,12 +54,8 @@ class Loader:
         holdout: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self._dataset, self._batch_size, self._seed, self._device = (
-            dataset,
-            batch_size,
-            seed,
-            device,
-        )
+        self._dataset, self._batch_size = dataset, batch_size
+        self._seed, self._device = seed, device
         self._rows = batch_size // share[1]
         self._first_row = share[0] * self._rows
         self._train_items = torch.from_numpy(dataset.split(holdout)[0]) if holdout else None
@@ -56,42 +69,41 @@ class Loader:
         self._orders: dict[int, Tensor] = {}
         self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}  # by cur_nimg
         if hold_on_device is None:
-            hold_on_device = (
-                device.type == "cuda"
-                and dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-            )
+            on_cuda = device.type == "cuda"
+            free = torch.cuda.mem_get_info(device)[0] if on_cuda else 0
+            hold_on_device = dataset.images.nbytes < free / 2
         if hold_on_device:
             self._held = torch.from_numpy(np.array(dataset.images)).to(device)
             self._labels = self._labels.to(device)
             return
-        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="feed")
+        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="loader")
         if isinstance(dataset.images, np.memmap) and hasattr(os, "preadv"):
             self._file = os.open(str(dataset.images.filename), os.O_RDONLY)
 
     def items(self, cur_nimg: int) -> Tensor:
-        """Which items of the data set (N,) int64 the batch at cur_nimg holds, or this share of it."""
+        """Return the items (N,) int64 of the batch at cur_nimg, or of this share of it."""
         begin = cur_nimg + self._first_row
         first, last = begin // _BLOCK, (begin + self._rows - 1) // _BLOCK
         blocks = torch.cat([self._order(block) for block in range(first, last + 1)])
         return blocks[begin - first * _BLOCK :][: self._rows]
 
     def _order(self, block: int) -> Tensor:
-        """The items of images block * _BLOCK and on, _BLOCK of them; worked out together, since each alone costs as much."""
+        """Return the items of images block * _BLOCK and on; one alone would cost as much."""
         order = self._orders.get(block)
         if order is None:
             i, n = torch.arange(block * _BLOCK, (block + 1) * _BLOCK), self._count
             order = permute(i % n, n, self._seed, i // n)
             order = order if self._train_items is None else self._train_items[order]
-            self._orders = {
-                k: v for k, v in self._orders.items() if block - 2 <= k <= block + 2
-            } | {block: order}
+            near = range(block - 2, block + 3)
+            self._orders = {k: v for k, v in self._orders.items() if k in near}
+            self._orders[block] = order
         return order
 
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
-        """Images number cur_nimg .. cur_nimg + batch_size - 1 of the run, or this share of them, on the device.
+        """Return images cur_nimg .. cur_nimg + batch_size - 1 of the run, or this share of them.
 
-        Returns float32 (N, C, H, W) in [-1, 1], channels-last, and one-hot classes (N, label_dim). Nothing here waits for
-        the device: what is copied to it lies in pinned memory.
+        Float32 (N, C, H, W) in [-1, 1], channels-last, and one-hot classes (N, label_dim), both on
+        the device. Nothing waits for the device: copies come from pinned memory.
         """
         if self._held is not None:
             items = self._to_device(self.items(cur_nimg))
@@ -99,16 +111,12 @@ class Loader:
         else:
             pixels, labels = (self._to_device(x) for x in self._read_ahead(cur_nimg))
         real = to_float(pixels.permute(0, 3, 1, 2))  # the memory below is channels-last already
-        return real, self._one_hot[labels] if self._dataset.label_dim else real.new_zeros(
-            len(real), 0
-        )
-
-    def reals(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first n pictures uint8 (n, C, H, W) and their labels (n,); see `Dataset.reals`."""
-        return self._dataset.reals(n)
+        if self._dataset.label_dim == 0:
+            return real, real.new_zeros(len(real), 0)
+        return real, self._one_hot[labels]
 
     def close(self) -> None:
-        """End the reading threads, if there are any."""
+        """Stop the reading threads, if there are any."""
         if self._held is not None:
             return
         self._pool.shutdown(cancel_futures=True)
@@ -117,17 +125,16 @@ class Loader:
             self._file = None
 
     def _to_device(self, x: Tensor) -> Tensor:
-        return (x.pin_memory() if self._pin and not x.is_pinned() else x).to(
-            self._device, non_blocking=True
-        )
+        if self._pin and not x.is_pinned():
+            x = x.pin_memory()
+        return x.to(self._device, non_blocking=True)
 
     def _gather(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
-        """The pixels uint8 (N, H, W, C) of the batch at cur_nimg, read into memory of their own, and its labels (N,)."""
+        """Return a copy of the pixels uint8 (N, H, W, C) of the batch at cur_nimg, and labels."""
         images, items = self._dataset.images, self.items(cur_nimg)
         labels = self._labels[items]
-        pixels = torch.empty(
-            (len(items), *images.shape[1:]), dtype=torch.uint8, pin_memory=self._pin
-        )
+        shape = (len(items), *images.shape[1:])
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
         if self._file is None:
             pixels.numpy()[:] = images[items.numpy()]
             return pixels, labels
@@ -138,7 +145,7 @@ class Loader:
         return pixels, labels
 
     def _read_ahead(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
-        """Pixels and labels at cur_nimg, which were usually begun a few calls ago; begins those that follow."""
+        """Return pixels and labels at cur_nimg, usually read already; start on the next ones."""
         wanted = [cur_nimg + k * self._batch_size for k in range(AHEAD + 1)]
         self._ahead = {n: self._ahead.get(n) or self._pool.submit(self._gather, n) for n in wanted}
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import GatedSelfAttention, GeneratorBase
-from vgan.models.layers import AdaptiveAttention2d
+from vgan.models.attention import AdaptiveAttention2d
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import enlarge, to_float, to_uint8
@@ -211,3 +211,9 @@ def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
         for y, tile in enumerate(column):
             sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (side + _GAP)))
     return np.asarray(sheet)
+
+
+attention_maps = look
+patch_logits = verdicts
+attention_grid = attention_sheet
+patch_logits_grid = verdict_sheet

@@ -259,3 +259,10 @@ def _nimg_of(line: str) -> float:
         return float(json.loads(line)["cur_nimg"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
+
+
+def append_metrics(
+    run_dir: Path, ckpt_name: str, cur_nimg: int, values: Any, protocol: Any, extra: Any
+) -> None:
+    line = {"ckpt": ckpt_name, "cur_nimg": cur_nimg, **values, **extra, "protocol": protocol}
+    append_line(run_dir / "metrics.jsonl", json.dumps(line))

@@ -15,3 +15,9 @@ def is_out_of_memory(e: BaseException) -> bool:
         or type(e).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(e)
     )
+
+
+def first_line(e: BaseException) -> str:
+    """Return the first line of an error's message, or its type without one."""
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(e).__name__

@@ -1,27 +1,18 @@
-"""What is looked at while a run goes on: quality, over-fitting, speed and memory, the pictures."""
+"""What is measured while a run goes on: statistics, grids, diversity, over-fitting, evaluation."""
 
-import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
-try:
-    import resource
-except ModuleNotFoundError:  # Windows
-    resource = None  # type: ignore[assignment]
-
-import vgan
+from vgan.data.loader import Loader
 from vgan.data.packed import default_cache_dir
-from vgan.evaluation.evaluator import (
-    SMALLER_IS_BETTER,
-    Evaluator,
-    make_evaluator,
-    shown_values,
-    write_nearest,
-)
+from vgan.data.webdataset import ShardLoader
+from vgan.evaluation.evaluator import SMALLER_IS_BETTER, make_evaluator, shown_values, write_nearest
 from vgan.inference.attention_maps import (
     attention_grid,
     attention_maps,
@@ -30,288 +21,376 @@ from vgan.inference.attention_maps import (
     patch_logits_grid,
 )
 from vgan.inference.load import drawing_precision, restore_generator
-from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runs.log_reader import read_metrics
-from vgan.runs.log_writer import append_metrics
-from vgan.runtime.console import in_lines, report_line
-from vgan.runtime.device import autocast, hardware
-from vgan.runtime.distributed import barrier, print0, rank, world_size
+from vgan.runs.log_writer import RunLogger, append_metrics
+from vgan.runtime.console import TrainingBar, in_lines
+from vgan.runtime.device import autocast
+from vgan.runtime.distributed import barrier, broadcast_from_rank0, print0, rank, world_size
 from vgan.runtime.errors import UserError, is_out_of_memory
+from vgan.runtime.hardware import host_peak_gb, peak_gb
 from vgan.runtime.images import enlarge, grid, to_float, to_uint8, zoom_for
 from vgan.runtime.rng import Streams
-from vgan.training.setup import Progress, Run
-from vgan.training.watchdog import diversity
+from vgan.training.recovery import find_failure
+from vgan.training.schedules import HyperParameters
+from vgan.training.setup import Run
 
 T = TypeVar("T")
-GRID_PICTURES = 64
-MAPPED = 6  # of them, with maps of attention and verdicts
-COMPARED = 32  # fakes of one class that the watchdog compares
-BEST = "best.safetensors"  # the checkpoint with the best metric so far
+GRID_IMAGES = 64
+MAPPED_IMAGES = 6  # of them, with maps of attention and patch logits
+DIVERSITY_IMAGES = 32  # fakes of one class whose diversity is measured
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due after a step."""
+
+    log: bool
+    snapshot: bool
+    checkpoint: bool
+    evaluation: bool
+
+
+def due(run: Run, before: int, stop: bool, overdue: bool) -> Due:
+    """Return what is due after a step from image count `before`; everything, after the last step.
+
+    stop: the run was asked to stop. overdue: checkpoint_minutes have passed.
+    """
+    cfg, now = run.cfg, run.state.cur_nimg
+    last = now >= run.total_nimg
+    return Due(
+        log=last or passed(cfg.tick_kimg, before, now),
+        snapshot=last or passed(cfg.snapshot_kimg, before, now),
+        checkpoint=last or stop or overdue or passed(cfg.checkpoint_kimg, before, now),
+        evaluation=cfg.eval_kimg > 0 and (last or passed(cfg.eval_kimg, before, now)),
+    )
+
+
+def passed(every_kimg: float, before: int, now: int) -> bool:
+    """Return whether a multiple of every_kimg lies between two image counts, the later included."""
+    every_nimg = max(1, round(every_kimg * 1000))
+    return before // every_nimg < now // every_nimg
+
+
+class Monitor:
+    """The log, the grids and the evaluation of a run, and the check that it goes well."""
+
+    def __init__(
+        self,
+        run: Run,
+        loader: Loader | ShardLoader,
+        writer: CheckpointWriter,
+        evaluation: "PeriodicEvaluation | None",
+    ) -> None:
+        self._run, self._loader, self._writer, self._evaluation = run, loader, writer, evaluation
+        self._grid = SampleGrid(run)
+        self._holdout = HoldoutLogits(run) if run.cfg.holdout else None
+        self._throughput = ThroughputMeter(run.state.cur_nimg)
+        self._skip_on_oom = SkipOnOutOfMemory()
+        self._means: dict[str, float] = {}
+        self._logger = RunLogger(run.run_dir, run.state.cur_nimg)
+        self._shown_nimg = run.state.cur_nimg
+        self._bar = TrainingBar(run.total_nimg, self._shown_nimg, silent=rank() != 0)
+
+    def start(self) -> None:
+        """Write the grid of reals, and make up for an evaluation that a kill prevented."""
+        run = self._run
+        if run.state.cur_nimg == 0:
+            self._logger.image(0, "reals", run.run_dir / "reals.png", small_grid(self._grid.reals))
+        if lacks_evaluation(run):
+            self.evaluate()
+
+    def advance(self) -> None:
+        """Move the progress bar to cur_nimg."""
+        cur_nimg = self._run.state.cur_nimg
+        self._bar.update(cur_nimg - self._shown_nimg)
+        self._shown_nimg = cur_nimg
+
+    def check(self, is_tick: bool) -> str | None:
+        """Return what is wrong with the run, or None. Waits for the device.
+
+        Rank 0 decides for all processes.
+        """
+        run, state = self._run, self._run.state
+        self._means = state.stats.means()
+        if is_tick:
+            state.stats.reset()
+        for name, scaler in (("scale/G", state.scaler_G), ("scale/D", state.scaler_D)):
+            if scaler.is_enabled():
+                self._means[name] = scaler.get_scale()
+        if is_tick:
+            self._means |= self._skip_on_oom("diversity", self._grid.diversity)
+        limits = run.cfg.watchdog.max_penalty, run.cfg.watchdog.min_diversity
+        failure = broadcast_from_rank0(lambda: find_failure(self._means, state.diversity, *limits))
+        if failure is None:
+            state.recovery.passed(state.cur_nimg, round(1000 * run.cfg.checkpoint_kimg))
+        return failure
+
+    def rolled_back(self, message: str) -> None:
+        """Print and log a roll-back; drop what was logged after the checkpoint."""
+        cur_nimg = self._run.state.cur_nimg
+        print0(f"\n{message}")
+        self._logger.truncate(cur_nimg)
+        self._logger.write(cur_nimg, {"watchdog": message})
+        self.advance()
+
+    def log(self, hp: HyperParameters) -> None:
+        """Write the means since the last tick; call `check` first."""
+        run, values = self._run, dict(self._means)
+        if self._holdout:
+            values |= self._skip_on_oom("logits of held-out images", self._holdout)
+        values |= {"lr_G": hp.lr_G, "lr_D": hp.lr_D, "beta2": hp.beta2}
+        values |= run.state.strength.scalars(hp)
+        waited_s, stalled_s = self._loader.waited_s, self._writer.stalled_s
+        values |= self._throughput.tick(run.state.cur_nimg, waited_s, stalled_s, run.device)
+        self._logger.write(run.state.cur_nimg, values)
+        self._bar.tick({"D": values["loss/D"], "G": values["loss/G"]})
+
+    def write_grids(self) -> None:
+        """Write the grid of fakes, and the maps of some of them to TensorBoard."""
+        run, cur_nimg = self._run, self._run.state.cur_nimg
+        for name, image in self._skip_on_oom("grids", self._grid.grids).items():
+            path = run.run_dir / f"fakes-{cur_nimg:09d}.png" if name == "fakes" else None
+            self._logger.image(cur_nimg, name, path, image)
+
+    def evaluate(self) -> None:
+        """Evaluate the averaged generator and log its metrics."""
+        if self._evaluation:
+            values = self._evaluation(self._writer)
+            if values:
+                self._logger.write(self._run.state.cur_nimg, values)
+
+    def close(self) -> None:
+        """Close the log and the progress bar."""
+        self._bar.close()
+        self._logger.close()
 
 
 class PeriodicEvaluation:
-    """Evaluates the averaged generator during a run and keeps the best checkpoint as best.pt.
+    """Evaluation of the averaged generator during a run; keeps the best checkpoint.
 
-    Results go into metrics.jsonl with their protocol; which is best is decided among those of the same protocol only, a
-    resumed run's earlier ones included.
+    Results go to metrics.jsonl with their protocol. The best is chosen among those of the same
+    protocol, including earlier ones of a resumed run.
     """
 
-    def __init__(self, run: Run, writer: CheckpointWriter) -> None:
-        settings, self._writer = run.config["eval"], writer
-        config = {
-            **{k: settings[k] for k in ("metrics", "n", "repeats")},
-            "batch_size": 128,
-            **{k: run.config[k] for k in ("features", "seed", "holdout")},
-        }
-        self._run, self._by, self._device = run, settings["best_by"], run.recipe.device
-        self._precision = drawing_precision("auto", self._device)
-        self._evaluator: Evaluator = make_evaluator(run.dataset, self._device, **config)
-        protocol = self._evaluator.protocol(self._precision)
-        records = [
-            r for r in read_metrics(run.run_dir) if "best" in r and r.get("protocol") == protocol
-        ]
-        self._best: float | None = (
-            records[-1]["best"] if records and (run.run_dir / BEST).is_file() else None
+    def __init__(self, run: Run) -> None:
+        cfg = run.cfg.eval
+        self._run, self._by = run, cfg.best_by
+        self._precision = drawing_precision("auto", run.device)
+        sizes = {"n": cfg.n, "repeats": cfg.repeats, "seed": run.cfg.seed, "batch_size": 128}
+        self._evaluator = make_evaluator(
+            run.dataset,
+            run.device,
+            run.cfg.features,
+            cfg.metrics,
+            **sizes,
+            holdout=run.cfg.holdout,
         )
+        protocol = self._evaluator.protocol(self._precision)
+        lines = [line for line in read_metrics(run.run_dir) if line.get("protocol") == protocol]
+        best = [line["best"] for line in lines if "best" in line]
+        self._best: float | None = best[-1] if best and checkpoint.find_best(run.run_dir) else None
 
-    def __call__(self, progress: Progress) -> dict[str, float]:
-        """Values as metrics/fid and so on; none where the disk refuses. Rank 0 works, the others wait."""
-        parts, values = progress.parts(self._run), {}
+    def __call__(self, writer: CheckpointWriter) -> dict[str, float]:
+        """Return the metrics as metrics/fid and so on; none where memory or disk do not suffice.
+
+        Rank 0 evaluates; the others wait.
+        """
+        run, values = self._run, {}
+        state = run.state_dict()
         if rank() == 0:
             try:
-                values = self._evaluate(progress.cur_nimg, parts)
+                values = self._evaluate(state, writer)
             except (UserError, OSError, MemoryError, RuntimeError) as e:
                 if isinstance(e, (MemoryError, RuntimeError)) and not is_out_of_memory(e):
                     raise
                 reason = "out of memory" if is_out_of_memory(e) else str(e)
-                print0(
-                    f"\nno evaluation at {progress.cur_nimg:,} images, training goes on ({reason})"
-                )
+                cur_nimg = run.state.cur_nimg
+                print0(f"\nNo evaluation at {cur_nimg:,} images, training continues ({reason}).")
         barrier()
         return values
 
-    def _evaluate(self, cur_nimg: int, parts: dict[str, Any]) -> dict[str, float]:
-        run = self._run
-        sharded = any(hasattr(p, "placements") for p in run.state.G_ema.parameters())
-        G = restore_generator(parts, self._device) if sharded else run.state.G_ema
+    def _evaluate(self, state: dict[str, object], writer: CheckpointWriter) -> dict[str, float]:
+        run, cur_nimg = self._run, self._run.state.cur_nimg
+        G = run.state.G_ema
+        if _is_sharded(G):
+            G = restore_generator(state, run.device)
         result = self._evaluator(G, self._precision, default_cache_dir())
         print0("\n" + in_lines(shown_values(result.values), f"at {cur_nimg:,} images: "))
         write_nearest(run.run_dir / f"nearest-{cur_nimg:09d}.png", result)
-        value = result.values[self._by]
-        better = self._best is None or (
-            (value < self._best) == SMALLER_IS_BETTER[self._by] and value != self._best
-        )
-        # on the disk before it is on record: what metrics.jsonl calls the best is there
-        if better and self._writer.write(run.run_dir / BEST, {**parts, "metrics": result.values}):
+        value, best = result.values[self._by], self._best
+        is_smaller_better = SMALLER_IS_BETTER[self._by]
+        is_best = best is None or (value != best and (value < best) == is_smaller_better)
+        # Written before it is recorded: what metrics.jsonl calls the best is on the disk.
+        path = checkpoint.best_path(run.run_dir)
+        if is_best and writer.write(path, {**state, "metrics": result.values}):
             self._best = value
-        append_metrics(
-            run.run_dir,
-            checkpoint.path_at(run.run_dir, cur_nimg).name,
-            cur_nimg,
-            result.values,
-            result.protocol,
-            {"best": self._best},
-        )
+        name = checkpoint.path_at(run.run_dir, cur_nimg).name
+        extra = {"best": self._best}
+        append_metrics(run.run_dir, name, cur_nimg, result.values, result.protocol, extra)
         return {f"metrics/{name}": v for name, v in result.values.items()}
 
 
-class Luxuries:
-    """What a run can do without when memory is short: grids, maps and comparisons. What is left out is said once each."""
+def lacks_evaluation(run: Run) -> bool:
+    """Return whether a run was killed between a checkpoint and the evaluation that was due."""
+    cur_nimg, every_kimg = run.state.cur_nimg, run.cfg.eval_kimg
+    if cur_nimg == 0 or every_kimg == 0:
+        return False
+    last = cur_nimg >= run.total_nimg
+    if not last and not passed(every_kimg, cur_nimg - run.cfg.batch_size, cur_nimg):
+        return False
+
+    def is_missing() -> bool:
+        lines = read_metrics(run.run_dir)
+        return not any(line.get("cur_nimg") == cur_nimg and "best" in line for line in lines)
+
+    return broadcast_from_rank0(is_missing)
+
+
+class SkipOnOutOfMemory:
+    """A call of optional work; skips it, with one warning per kind, when memory runs out."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
-    def __call__(self, what: str, make: Callable[[], dict[str, T]]) -> dict[str, T]:
-        """What `make` makes, or nothing."""
+    def __call__(self, what: str, work: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """Return the result of `work`, or an empty dict."""
         try:
-            return make()
+            return work()
         except (RuntimeError, MemoryError) as e:
-            if (
-                not is_out_of_memory(e) or world_size() > 1
-            ):  # several processes would lose step with one another
+            if not is_out_of_memory(e) or world_size() > 1:  # processes would lose step
                 raise
-        if what not in self._told:
-            print0(f"\nout of memory: no {what} for now, training goes on")
-            self._told.add(what)
+        if what not in self._warned:
+            print0(f"\nOut of memory: no {what} for now, training continues.")
+            self._warned.add(what)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {}
 
 
 class HoldoutLogits:
-    """What D thinks of pictures it was not trained on, beside as many that it was: a gap that grows is over-fitting."""
+    """D's mean logit on held-out images and on as many training images; a gap is over-fitting."""
 
     def __init__(self, run: Run) -> None:
         self._run, data = run, run.dataset
-        items = [split[:256] for split in data.split(run.config["holdout"])]
-        eye = torch.eye(data.label_dim, device=run.recipe.device)
-        self._batches = []
-        for chosen in items:
-            pixels = torch.from_numpy(data.images[chosen]).to(run.recipe.device).permute(0, 3, 1, 2)
-            labels = torch.from_numpy(data.labels[chosen]).to(run.recipe.device)
-            self._batches.append(
-                (
-                    to_float(pixels),
-                    eye[labels] if data.label_dim else pixels.new_zeros(len(pixels), 0),
-                )
-            )
+        eye = torch.eye(data.label_dim, device=run.device)
+        self._sets = []
+        for items in data.split(run.cfg.holdout):
+            pixels = torch.from_numpy(data.images[items[:256]]).to(run.device).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(data.labels[items[:256]]).to(run.device)
+            c = eye[labels] if data.label_dim else pixels.new_zeros(len(pixels), 0)
+            self._sets.append((to_float(pixels), c))
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        run = self._run
-        with autocast(run.recipe.device, run.recipe.precision):
-            parts = (
-                [run.state.D(*part).float() for part in zip(x.split(64), c.split(64))]
-                for x, c in self._batches
-            )
-            seen, unseen = (torch.cat(logits).mean() for logits in parts)
-        return {
-            "logits/trained_on": float(seen),
-            "logits/held_out": float(unseen),
-            "logits/gap": float(seen - unseen),
-        }
+        """Return logits/trained_on, logits/held_out and their difference logits/gap."""
+        seen, unseen = (self._mean_logit(*images) for images in self._sets)
+        values = {"trained_on": seen, "held_out": unseen, "gap": seen - unseen}
+        return {f"logits/{name}": float(value) for name, value in values.items()}
+
+    def _mean_logit(self, images: Tensor, c: Tensor) -> Tensor:
+        D = self._run.state.D
+        with autocast(self._run.device, self._run.precision):
+            logits = [D(*part).float() for part in zip(images.split(64), c.split(64))]
+        return torch.cat(logits).mean()
 
 
 class ThroughputMeter:
-    """Images a second, seconds, the shares of them spent waiting for data and for checkpoints, and memory at each tick."""
+    """Images per second, time spent waiting for data and checkpoints, and peak memory."""
 
     def __init__(self, cur_nimg: int) -> None:
-        self._start = self._then = time.perf_counter()
+        self._start = self._last = time.perf_counter()
         self._nimg, self._waited_s, self._stalled_s = cur_nimg, 0.0, 0.0
 
-    def lap(
+    def tick(
         self, cur_nimg: int, waited_s: float, stalled_s: float, device: torch.device
     ) -> dict[str, float]:
+        """Return the values since the last tick. waited_s and stalled_s are running totals."""
         now = time.perf_counter()
-        elapsed = max(now - self._then, 1e-9)
+        elapsed = max(now - self._last, 1e-9)
         values = {
             "speed/img_per_s": (cur_nimg - self._nimg) / elapsed,
             "speed/session_s": now - self._start,
+            "speed/waiting_for_data": (waited_s - self._waited_s) / elapsed,
+            "speed/waiting_for_checkpoints": (stalled_s - self._stalled_s) / elapsed,
         }
-        values["speed/waiting_for_data"] = (waited_s - self._waited_s) / elapsed
-        values["speed/waiting_for_checkpoints"] = (stalled_s - self._stalled_s) / elapsed
-        self._then, self._nimg, self._waited_s, self._stalled_s = now, cur_nimg, waited_s, stalled_s
-        if device.type == "cuda":
-            values["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        elif resource is not None:
-            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-            values["memory/peak_gb"] = (
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-            )
-        return values
+        self._last, self._nimg = now, cur_nimg
+        self._waited_s, self._stalled_s = waited_s, stalled_s
+        memory = peak_gb(device) if device.type == "cuda" else host_peak_gb()
+        return values if memory is None else values | {"memory/peak_gb": memory}
 
 
 class SampleGrid:
-    """The grid of fakes from one fixed z each, and the fakes of one class by which a collapse is noticed."""
+    """The grid of fakes from fixed z, and the fakes of one class that measure diversity."""
 
     def __init__(self, run: Run) -> None:
-        device, G, label_dim = run.recipe.device, run.state.G, run.dataset.label_dim
+        G, label_dim, device = run.state.G, run.dataset.label_dim, run.device
         self._run = run
-        self.reals, labels = run.dataset.reals(GRID_PICTURES)
-        # with the classes of the reals, so that the two grids compare place by place
-        self._c = (
-            torch.eye(label_dim)[torch.as_tensor(labels)].to(device)
-            if label_dim
-            else torch.zeros(len(labels), 0).to(device)
-        )
-        streams = Streams(run.config["seed"], 0, max(len(labels), COMPARED))
-        z = streams.normal("grid", G.z_dim).to(device)  # type: ignore[arg-type]
-        self._z, self._z_compared = z[: len(labels)], z[:COMPARED]
-        self._one_class = self._c[:1].expand(COMPARED, -1)
+        self.reals, labels = run.dataset.reals(GRID_IMAGES)
+        # The classes of the reals, so that the two grids compare image by image.
+        c = torch.zeros(len(labels), 0)
+        if label_dim:
+            c = torch.eye(label_dim)[torch.as_tensor(labels)]
+        self._c = c.to(device)
+        rng = Streams(run.cfg.seed, 0, max(len(labels), DIVERSITY_IMAGES))
+        z = rng.normal("grid", G.z_dim).to(device)
+        self._z, self._z_diversity = z[: len(labels)], z[:DIVERSITY_IMAGES]
 
     @torch.no_grad()
-    def fakes(self) -> torch.Tensor:
-        """uint8 (N, C, H, W) of the averaged generator."""
-        with autocast(self._run.recipe.device, self._run.recipe.precision):
-            return torch.cat(
-                [
-                    to_uint8(self._run.state.G_ema(z, c))
-                    for z, c in zip(self._z.split(16), self._c.split(16))
-                ]
-            )
+    def fakes(self) -> Tensor:
+        """Return images uint8 (N, C, H, W) of the averaged generator."""
+        G_ema = self._run.state.G_ema
+        with autocast(self._run.device, self._run.precision):
+            parts = [to_uint8(G_ema(z, c)) for z, c in zip(self._z.split(16), self._c.split(16))]
+        return torch.cat(parts)
 
-    def sheets(self) -> dict[str, Any]:
-        """The grid of fakes and the maps of its first, as (H, W) or (H, W, 3) uint8."""
+    def grids(self) -> dict[str, np.ndarray]:
+        """Return the grid of fakes and the maps of its first images, (H, W[, 3]) uint8."""
         fakes = self.fakes()
-        return {"fakes": sheet_of(fakes), **self.maps(fakes)}
+        return {"fakes": small_grid(fakes), **self._maps(fakes)}
 
-    def maps(self, fakes: torch.Tensor) -> dict[str, Any]:
-        """Of the first `fakes`: sheets of where the generator looks, and of what looks fake to the discriminator."""
-        G, D, precision = self._run.state.G_ema, self._run.state.D, self._run.recipe.precision
-        if any(
-            hasattr(p, "placements") for p in G.parameters()
-        ):  # spread over processes: no layer can be asked alone
+    def _maps(self, fakes: Tensor) -> dict[str, np.ndarray]:
+        state, precision = self._run.state, self._run.precision
+        if _is_sharded(state.G_ema):  # no layer can be called alone
             return {}
-        z, c = self._z[:MAPPED], self._c[:MAPPED]
-        sheets = {}
-        if has_attention(G):
-            sheets["attention"] = attention_grid(*attention_maps(G, z, c, precision))
-        if hasattr(D, "logit_map"):
-            images = fakes[:MAPPED]
-            sheets["looks_fake"] = patch_logits_grid(images, patch_logits(D, images, c, precision))
-        return sheets
+        z, c = self._z[:MAPPED_IMAGES], self._c[:MAPPED_IMAGES]
+        maps = {}
+        if has_attention(state.G_ema):
+            maps["attention"] = attention_grid(*attention_maps(state.G_ema, z, c, precision))
+        if hasattr(state.D, "logit_map"):
+            images = fakes[:MAPPED_IMAGES]
+            logits = patch_logits(state.D, images, c, precision)
+            maps["patch_logits"] = patch_logits_grid(images, logits)
+        return maps
 
     @torch.no_grad()
-    def diversity(self) -> float:
-        """How varied the fakes of one class are, against the reals of the grid; see `watchdog.diversity`."""
-        with autocast(self._run.recipe.device, self._run.recipe.precision):
-            fakes = self._run.state.G(self._z_compared, self._one_class)
-        return float(diversity(fakes, to_float(self.reals)))
+    def diversity(self) -> dict[str, float]:
+        """Return the diversity of the fakes of one class, relative to the reals of the grid."""
+        c = self._c[:1].expand(DIVERSITY_IMAGES, -1)
+        with autocast(self._run.device, self._run.precision):
+            fakes = self._run.state.G(self._z_diversity, c)
+        return {"diversity": float(diversity(fakes, to_float(self.reals)))}
 
 
-def sheet_of(images: torch.Tensor) -> Any:
-    """A grid of pictures as (H, W) or (H, W, 3) uint8, small ones enlarged."""
+@torch.no_grad()
+def diversity(fakes: Tensor, reals: Tensor) -> Tensor:
+    """Return () the variance of fakes (N, C, H, W) of one class relative to the reals' (M, ...).
+
+    Taken over images at 8 x 8 pixels, where noise on single pixels does not count.
+    """
+    spread = []
+    for x in (fakes, reals):
+        small = torch.nn.functional.adaptive_avg_pool2d(x.float(), 8)
+        spread.append(small.var(dim=0).mean().cpu())
+    return spread[0] / spread[1].clamp_min(1e-8)
+
+
+def small_grid(images: Tensor) -> np.ndarray:
+    """Return a grid of images as (H, W) or (H, W, 3) uint8, small ones enlarged."""
     return enlarge(grid(images), zoom_for(images.shape[-1]))
 
 
-def start_record(run: Run, cur_nimg: int) -> dict[str, Any]:
-    """What a run was started with, each time: versions, device, sizes. config.yaml says what it was told, this what it found."""
-    state, data, world = run.state, run.dataset, world_size()
-    return {
-        "cur_nimg": cur_nimg,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "vgan": vgan.__version__,
-        "torch": str(torch.__version__),
-        "device": (f"{world} x " if world > 1 else "") + hardware(run.recipe.device),
-        "precision": run.recipe.precision,
-        "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
-        "data": {"images": len(data), "digest": data.digest, **run.identity["sizes"]},
-    }
-
-
-def summary(run: Run, cur_nimg: int) -> str:
-    """What is about to happen, in a few lines of at most 80 columns."""
-    return "\n".join(report_line(name, text) for name, text in facts(run, cur_nimg).items())
-
-
-def facts(run: Run, cur_nimg: int) -> dict[str, str]:
-    """Data, networks, device and length of a run, in words."""
-    config, G, D, data = run.config, run.state.G, run.state.D, run.dataset
-    device = run.recipe.device
-    c = torch.zeros(1, data.label_dim, device=device)
-    g_cost = count_multiply_adds(G, torch.zeros(1, G.z_dim, device=device), c)  # type: ignore[call-overload]
-    x = torch.zeros(1, data.img_channels, data.img_resolution, data.img_resolution, device=device)
-    d_cost = count_multiply_adds(D, x, c)
-    classes = f", {data.label_dim} classes" if data.label_dim else ""
-    count = f"{'a stream, of which ' if data.stream else ''}{len(data):,} images{' are packed,' if data.stream else ''}"
-    field = getattr(D, "receptive_field_px", None)
-    patch = (
-        f", each logit sees {min(field, data.img_resolution)} of {data.img_resolution} px"
-        if field
-        else ""
-    )
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device} ({torch.get_num_threads()} threads)"
-    )
-    return {
-        "data": f"{data.name}: {count} of {data.img_resolution} px, {data.img_channels} channels{classes}",
-        "G": f"{count_parameters(G):,} parameters, {g_cost / 1e6:,.1f} M multiply-adds an image",
-        "D": f"{count_parameters(D):,} parameters, {d_cost / 1e6:,.1f} M multiply-adds an image{patch}",
-        "device": f"{name}, {run.recipe.precision}",
-        "run": f"{run.run_dir}, {config['total_kimg']:g} kimg"
-        + (f", from {cur_nimg:,} images on" if cur_nimg else ""),
-    }
+def _is_sharded(G: GeneratorBase) -> bool:
+    return any(hasattr(p, "placements") for p in G.parameters())

@@ -1,24 +1,24 @@
-"""A run's parts: data, networks, optimizers, losses and schedules, built from the config before the first step."""
+"""Run: everything that training needs, built from the config before the first step."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from vgan.config import require
+from vgan.config import Ramp, TrainConfig, require
 from vgan.data.augment import Augment
-from vgan.data.loader import Loader
-from vgan.data.open import build_dataset
+from vgan.data.loader import Batch, Loader
+from vgan.data.open import build_dataset, cache_dir_of
 from vgan.data.packed import default_cache_dir
 from vgan.data.source import Dataset
 from vgan.data.webdataset import ShardLoader
+from vgan.models.discriminator import DiscriminatorBase
+from vgan.models.generator import GeneratorBase
 from vgan.models.layers import fuse_depthwise
-from vgan.training.state import Stats
-from vgan.runtime.device import pick_depthwise
+from vgan.runtime.device import keep_compiled, pick_compile, pick_depthwise
 from vgan.runtime.distributed import (
     all_gather,
     broadcast_from_rank0,
@@ -28,247 +28,236 @@ from vgan.runtime.distributed import (
 )
 from vgan.runtime.errors import UserError
 from vgan.runtime.instantiate import construct, locate
-from vgan.training.controls import AdaptiveStrength, default_gamma
-from vgan.training.ema import ema_copy
-from vgan.training.losses import LOSSES, RELATIVISTIC, Loss
-from vgan.training.parallel import shard
-from vgan.training.schedules import cosine
-from vgan.training.step import HyperParameters, Objective, Split, State
-from vgan.training.watchdog import DiversityHistory, RecoveryState
+from vgan.runtime.nested import flatten
+from vgan.runtime.rng import Streams
+from vgan.training.losses import LOSSES, RELATIVISTIC
+from vgan.training.optimize import DDPObjective, MicroBatches, apply_fsdp
+from vgan.training.schedules import (
+    AdaptiveStrength,
+    HyperParameters,
+    Schedule,
+    cosine,
+    default_gamma,
+    ema_decay,
+)
+from vgan.training.state import TrainState, ema_copy
+from vgan.training.step import Objective
 
-# Settings that may differ between the processes of a run: where things lie on a machine, and what rank 0 alone makes use of.
-# Data sets are compared by their digest.
-_OWN = ("run_dir", "device", "threads", "precision", "data", "features")
+# Settings that may differ between the processes of a run: places on a machine, and what only
+# rank 0 uses. Data sets are compared by their digest.
+_PER_PROCESS = ("run_dir", "device", "threads", "precision", "data", "features")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the loop works on."""
-
-    config: dict[str, Any]  # the resolved TrainConfig
-    run_dir: Path
-    dataset: Dataset
-    state: State
-    recipe: Objective
-    moment_at: Callable[[int], HyperParameters]  # cur_nimg -> the scheduled quantities
-    identity: dict[str, Any]  # goes into every checkpoint: config, sizes, data
+class DataError(UserError):
+    """Images that cannot be read during a run."""
 
 
 @dataclass
-class Progress:
-    """How far a run has come: what a checkpoint carries besides `State`."""
+class Run:
+    """What the loop works on."""
 
-    cur_nimg: int = 0
-    rescue: RecoveryState = field(default_factory=RecoveryState)
-    varied: DiversityHistory = field(default_factory=DiversityHistory)
-    stats: Stats = field(default_factory=Stats)
+    cfg: TrainConfig
+    run_dir: Path
+    dataset: Dataset
+    state: TrainState
+    objective: Objective
+    schedules: dict[str, Schedule]  # of lr_G, lr_D, beta2, gamma and augment_p
+    identity: dict[str, Any]  # goes into every checkpoint: config, sizes, data
 
-    def moment(self, run: Run) -> HyperParameters:
-        """The scheduled quantities, as the watchdog has changed them."""
-        now = run.moment_at(self.cur_nimg)
-        change = self.rescue
-        return replace(
-            now,
-            lr_G=now.lr_G * change.lr,
-            lr_D=now.lr_D * change.lr,
-            gamma=now.gamma * change.gamma,
+    @property
+    def device(self) -> torch.device:
+        return self.objective.device
+
+    @property
+    def precision(self) -> str:
+        return self.objective.precision
+
+    @property
+    def total_nimg(self) -> int:
+        return round(self.cfg.total_kimg * 1000)
+
+    def hyperparameters(self) -> HyperParameters:
+        """Return the scheduled quantities of the next step, as roll-backs have changed them."""
+        cfg, cur_nimg, recovery = self.cfg, self.state.cur_nimg, self.state.recovery
+        values = {name: schedule(cur_nimg) for name, schedule in self.schedules.items()}
+        values["lr_G"] *= recovery.lr
+        values["lr_D"] *= recovery.lr
+        values["gamma"] *= recovery.gamma
+        every, size = cfg.loss.penalty_every, cfg.batch_size
+        is_penalized = (cur_nimg // size) % every == 0
+        decay = ema_decay(cfg.ema.halflife_kimg, cfg.ema.ramp, cur_nimg + size, size)
+        return HyperParameters(
+            **values, penalty_weight=every if is_penalized else 0, ema_decay=decay
         )
 
-    def parts(self, run: Run) -> dict[str, Any]:
-        """Everything that a checkpoint holds. Every process must come here."""
-        mine = {
-            "cur_nimg": self.cur_nimg,
-            "rescue": self.rescue.parts(),
-            "stats": self.stats.state_dict(),
-        }
-        mine["varied"] = asdict(self.varied)
-        return {**run.identity, **run.state.parts(), **mine}
+    def open_loader(self, stop_waiting: Callable[[], bool] = lambda: False) -> Loader | ShardLoader:
+        """Open this process's share of the batches; `stop_waiting` as for ShardLoader."""
+        cfg, share = self.cfg, (rank(), world_size())
+        common = (self.dataset, cfg.batch_size, cfg.seed, self.device)
+        if self.dataset.stream is None:
+            return Loader(*common, holdout=cfg.holdout, share=share)
+        return ShardLoader(*common, share, cache_dir_of(cfg.data), stop_waiting)
 
-    def load_parts(self, run: Run, parts: dict[str, Any]) -> None:
-        """Take run and progress back to where the parts were written; checkpoints of earlier versions lack some."""
-        run.state.load_parts(parts)
-        self.cur_nimg = int(parts["cur_nimg"])
-        self.rescue = RecoveryState(**parts["rescue"]) if "rescue" in parts else RecoveryState()
-        self.varied = DiversityHistory(**parts.get("varied", {}))
-        self.stats = Stats()
-        if "stats" in parts:
-            self.stats.load_state_dict(parts["stats"], run.recipe.device)
+    def batch(self, loader: Loader | ShardLoader) -> Batch:
+        """Return images cur_nimg .. cur_nimg + batch_size - 1 with their random numbers.
+
+        Raises DataError where the images cannot be read.
+        """
+        cur_nimg = self.state.cur_nimg
+        try:
+            real, c = loader.batch(cur_nimg)
+        except UserError as e:
+            raise DataError(str(e)) from e
+        seed, first = self.state.recovery.seed(self.cfg.seed), cur_nimg + rank() * len(real)
+        return Batch(real, c, Streams(seed, first, len(real), self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a checkpoint holds. Every process must call it."""
+        return {**self.identity, **self.state.state_dict()}
 
 
-def set_up(config: dict[str, Any], device: torch.device, precision: str) -> Run:
-    """Data, networks, optimizers, losses and schedules: everything that can be wrong, before the first step.
+def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
+    """Build data, networks, optimizers, losses and schedules, so that every mistake shows first.
 
-    Raises UserError on all processes where one of them was given other settings or data than the first.
+    Raises UserError, on all processes, where one has other settings or data than rank 0.
     """
-    settings = {k: v for k, v in flat(config).items() if k.split(".")[0] not in _OWN} | {
-        "precision": precision
-    }
-    _require_alike(settings, settings)
-    optim, loss, augment = config["optim"], config["loss"], config["augment"]
-    d_loss, g_loss = build_loss(loss["name"])
-    transforms = build_augment(augment["transforms"])
-    rows = _rows_of_each_process(config["batch_size"])
-    split = Split(-(-rows // config["batch_gpu"]) if config["batch_gpu"] else 1)
-    recipe = Objective(
-        d_loss,
-        g_loss,
-        loss["name"] in RELATIVISTIC,
-        transforms,
-        device,
-        precision,
-        config["penalty"],
-        split,
-    )
+    config = asdict(cfg)
+    settings = {k: v for k, v in flatten(config).items() if k.split(".")[0] not in _PER_PROCESS}
+    settings["precision"] = precision
+    _require_same_on_all_ranks(settings, settings)
+    objective = build_objective(cfg, device, precision)
     with local_rank0_first():
-        dataset = build_dataset(config["data"])
+        dataset = build_dataset(cfg.data)
     shards = [url.rpartition("/")[2] for url in dataset.stream.urls] if dataset.stream else []
-    _require_alike((dataset.digest, shards), flat(config["data"], "data"))
-    rule = "pictures of a stream cannot be kept out of training; leave it at 0"
-    require(dataset.stream is None or config["holdout"] == 0, "holdout", config["holdout"], rule)
-    ramps = {"gamma": loss["gamma"], "augment_p": augment["p"]} | {
-        k: optim[k] for k in ("lr_G", "lr_D", "beta2")
-    }
-    if config["gamma"] == "auto":
-        ramps["gamma"] = dict(
-            zip(("start", "end"), default_gamma(dataset.img_resolution, config["batch_size"]))
-        )
-    schedules = {
-        name: cosine(ramp["start"], ramp["end"], config["schedule_kimg"])
-        for name, ramp in ramps.items()
-    }
-
-    def moment_at(cur_nimg: int) -> HyperParameters:
-        return HyperParameters(**{name: schedule(cur_nimg) for name, schedule in schedules.items()})
-
+    _require_same_on_all_ranks((dataset.digest, shards), flatten(config["data"], "data"))
+    rule = "a stream has no held-out images; leave it at 0"
+    require(dataset.stream is None or cfg.holdout == 0, "holdout", cfg.holdout, rule)
     sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
-    G, D = (
-        network.to(device) for network in build_networks(config["model"], sizes, config["seed"])
-    )
-    if pick_depthwise(config["depthwise"], device) == "triton":
-        for network in (G, D):
-            fuse_depthwise(network)
-    G_ema = ema_copy(G)
-    if config["parallel"] == "fsdp" and world_size() > 1:
-        for network in (G, D, G_ema):
-            shard(network)
-    betas = (optim["beta1"], optim["beta2"]["start"])
-    opt_G = build_optimizer(optim["optimizer"], G, optim["lr_G"]["start"], betas)
-    opt_D = build_optimizer(optim["optimizer"], D, optim["lr_D"]["start"], betas)
-    scaler_G, scaler_D = (
-        torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2)
-    )
-    controls = AdaptiveStrength(
-        augment["target"], augment["adapt_kimg"], correct_gamma=config["gamma"] == "auto"
-    ).to(device)
-    state = State(G, D, G_ema, opt_G, opt_D, scaler_G, scaler_D, controls)
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
-    identity = {"config": config, "sizes": sizes, "data": data}
     return Run(
-        config, Path(config["run_dir"]).expanduser(), dataset, state, recipe, moment_at, identity
+        cfg,
+        Path(cfg.run_dir).expanduser(),
+        dataset,
+        build_state(cfg, sizes, device, precision),
+        objective,
+        build_schedules(cfg, dataset.img_resolution),
+        identity={"config": config, "sizes": sizes, "data": data},
     )
 
 
-def _require_alike(what: Any, told: dict[str, Any]) -> None:
-    """Raise UserError on all processes unless `what` is the same on them; of `told` it names what differs."""
-    first, theirs = broadcast_from_rank0(lambda: (what, told))
-    keys = (
-        [k for k in {**theirs, **told} if told.get(k) != theirs.get(k)][:3] if what != first else []
-    )
-    mine = "; ".join(
-        f"{k} is {told.get(k)} on process {rank()}, {theirs.get(k)} on process 0" for k in keys
-    )
-    if what != first and not mine:
-        mine = f"data: the pictures on process {rank()} are others than those on process 0"
-    for differing in all_gather(mine):
-        if differing:
-            raise UserError(f"{differing}; give all processes the same settings and data")
-
-
-def flat(node: Any, name: str = "") -> dict[str, Any]:
-    """{'a.b': value} of nested dicts."""
-    if not isinstance(node, dict):
-        return {name: node}
-    return {
-        k: v
-        for key, child in node.items()
-        for k, v in flat(child, f"{name}.{key}" if name else str(key)).items()
-    }
-
-
-def open_loader(run: Run, end_wait: Callable[[], bool] = lambda: False) -> Loader | ShardLoader:
-    """The batches of a run, or this process's share of them; `end_wait` as for ShardLoader."""
-    config, share = run.config, (rank(), world_size())
-    if run.dataset.stream is None:
-        return Loader(
-            run.dataset,
-            config["batch_size"],
-            config["seed"],
-            run.recipe.device,
-            holdout=config["holdout"],
-            share=share,
-        )
-    cache = config["data"].get("cache_dir")
-    cache_dir = Path(cache).expanduser() if cache else default_cache_dir()
-    return ShardLoader(
-        run.dataset,
-        config["batch_size"],
-        config["seed"],
-        run.recipe.device,
-        share,
-        cache_dir,
-        end_wait,
+def build_objective(cfg: TrainConfig, device: torch.device, precision: str) -> Objective:
+    """Build the losses, penalty and augmentation. Raises UserError for an unknown name."""
+    name, n = cfg.loss.name, world_size()
+    if name not in LOSSES:
+        raise UserError(f"loss.name={name}: unknown; use one of {', '.join(LOSSES)}")
+    rule = f"must be a multiple of the {n} processes; try {cfg.batch_size // n * n or n}"
+    require(cfg.batch_size % n == 0, "batch_size", cfg.batch_size, rule)
+    try:
+        augment = Augment(cfg.augment.transforms)
+    except ValueError as e:
+        raise UserError(f"augment.{e}") from e
+    micro_batches = MicroBatches()
+    if cfg.batch_gpu:
+        micro_batches.count = -(-cfg.batch_size // n // cfg.batch_gpu)
+    is_relativistic = name in RELATIVISTIC
+    return Objective(
+        *LOSSES[name], is_relativistic, augment, device, precision, cfg.penalty, micro_batches
     )
 
 
-def _rows_of_each_process(batch_size: int) -> int:
-    n = world_size()
-    require(
-        batch_size % n == 0,
-        "batch_size",
-        batch_size,
-        f"must be a multiple of the {n} processes; try {batch_size // n * n or n}",
+def build_schedules(cfg: TrainConfig, img_resolution: int) -> dict[str, Schedule]:
+    """Build the schedules of lr_G, lr_D, beta2, gamma and augment_p."""
+    ramps = {"lr_G": cfg.optim.lr_G, "lr_D": cfg.optim.lr_D, "beta2": cfg.optim.beta2}
+    ramps |= {"gamma": cfg.loss.gamma, "augment_p": cfg.augment.p}
+    if cfg.gamma == "auto":
+        ramps["gamma"] = Ramp(*default_gamma(img_resolution, cfg.batch_size))
+    kimg = cfg.schedule_kimg
+    return {name: cosine(ramp.start, ramp.end, kimg) for name, ramp in ramps.items()}
+
+
+def build_state(
+    cfg: TrainConfig, sizes: Mapping[str, int], device: torch.device, precision: str
+) -> TrainState:
+    """Build the networks and their optimizers for data of `sizes`, on the device."""
+    G, D = build_networks(cfg, sizes)
+    G, D = G.to(device), D.to(device)
+    if pick_depthwise(cfg.depthwise, device) == "triton":
+        fuse_depthwise(G)
+        fuse_depthwise(D)
+    G_ema = ema_copy(G)
+    if cfg.parallel == "fsdp" and world_size() > 1:
+        for network in (G, D, G_ema):
+            apply_fsdp(network)
+    is_fp16 = precision == "fp16"
+    strength = AdaptiveStrength(
+        cfg.augment.target, cfg.augment.adapt_kimg, correct_gamma=cfg.gamma == "auto"
     )
-    return batch_size // n
+    return TrainState(
+        G,
+        D,
+        G_ema,
+        build_optimizer(cfg, G, cfg.optim.lr_G.start),
+        build_optimizer(cfg, D, cfg.optim.lr_D.start),
+        torch.amp.GradScaler(device.type, enabled=is_fp16),
+        torch.amp.GradScaler(device.type, enabled=is_fp16),
+        strength.to(device),
+    )
 
 
 def build_networks(
-    model: Mapping[str, Any], sizes: Mapping[str, int], seed: int
-) -> tuple[nn.Module, nn.Module]:
-    """Generator and discriminator for data of `sizes` (img_resolution, img_channels, label_dim), on the CPU.
+    cfg: TrainConfig, sizes: Mapping[str, int]
+) -> tuple[GeneratorBase, DiscriminatorBase]:
+    """Build G and D for data of `sizes` (img_resolution, img_channels, label_dim), on the CPU.
 
-    The first weights follow from the seed; the global random state is left as it was.
+    The initial weights follow from cfg.seed; the global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        G = construct(model["generator"], "model.generator", **sizes)
-        D = construct(model["discriminator"], "model.discriminator", **sizes)
+        torch.manual_seed(cfg.seed)
+        G = construct(cfg.model.generator, "model.generator", **sizes)
+        D = construct(cfg.model.discriminator, "model.discriminator", **sizes)
     return G.to(memory_format=torch.channels_last), D.to(memory_format=torch.channels_last)
 
 
-def build_optimizer(
-    node: Mapping[str, Any], network: nn.Module, lr: float, betas: tuple[float, float]
-) -> torch.optim.Optimizer:
-    """An optimizer over the network's parameters; lr and betas change during the run where it knows them."""
-    target = locate(node["_target_"], "optim.optimizer")
-    known = inspect.signature(target).parameters
-    moving = {"lr": lr, "betas": betas}
-    return construct(
-        node,
-        "optim.optimizer",
-        params=list(network.parameters()),
-        **{k: v for k, v in moving.items() if k in known},
-    )
+def build_optimizer(cfg: TrainConfig, network: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Build an optimizer over a network's parameters; lr and betas are given where it has them."""
+    node, betas = cfg.optim.optimizer, (cfg.optim.beta1, cfg.optim.beta2.start)
+    known = inspect.signature(locate(node["_target_"], "optim.optimizer")).parameters
+    scheduled = {k: v for k, v in (("lr", lr), ("betas", betas)) if k in known}
+    return construct(node, "optim.optimizer", params=list(network.parameters()), **scheduled)
 
 
-def build_loss(name: str) -> tuple[Loss, Loss]:
-    """The pair (d_loss, g_loss)."""
-    if name not in LOSSES:
-        raise UserError(f"loss.name={name}: unknown; use one of {', '.join(LOSSES)}")
-    return LOSSES[name]
+def prepare_step(run: Run) -> None:
+    """Compile the run's objective, and wrap it for DDP, where the config asks for it."""
+    cfg, state, objective = run.cfg, run.state, run.objective
+    if pick_compile(cfg.compile, run.device):
+        keep_compiled(default_cache_dir() / "compiled")
+        objective = compile_objective(objective, cfg.cuda_graphs)
+    if world_size() > 1 and cfg.parallel == "ddp":
+        d, g = DDPObjective(state.D, objective.d), DDPObjective(state.G, objective.g)
+        objective = replace(objective, d=d, g=g)
+    run.objective = objective
 
 
-def build_augment(transforms: Sequence[str]) -> Augment:
-    try:
-        return Augment(transforms)
-    except ValueError as e:
-        raise UserError(f"augment.{e}") from e
+def compile_objective(how: Objective, cuda_graphs: bool = False) -> Objective:
+    """Return the objective compiled: a graph for G, one for D, one more where penalties skip steps.
+
+    Later steps reuse them, since whatever changes by schedule enters as a tensor. cuda_graphs
+    replays the kernels of a graph in one launch, and keeps its memory.
+    """
+    mode = "reduce-overhead" if cuda_graphs else None
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": mode}
+    return replace(how, d=torch.compile(how.d, **options), g=torch.compile(how.g, **options))
+
+
+def _require_same_on_all_ranks(value: Any, details: dict[str, Any]) -> None:
+    """Raise UserError on all processes unless `value` is the same; `details` name what differs."""
+    value0, details0 = broadcast_from_rank0(lambda: (value, details))
+    message = ""
+    if value != value0:
+        keys = [k for k in {**details0, **details} if details.get(k) != details0.get(k)]
+        pairs = [f"{k} is {details.get(k)} on process {rank()}, {details0.get(k)}" for k in keys]
+        message = "; ".join(f"{pair} on process 0" for pair in pairs[:3])
+        message = message or f"data: the images on process {rank()} differ from those on process 0"
+    messages = [m for m in all_gather(message) if m]
+    if messages:
+        raise UserError(f"{messages[0]}; give all processes the same settings and data")
