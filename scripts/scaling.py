@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from bench import first_steps, prepare, step_seconds
 
-from vgan.models.cost import count_parameters
+from vgan.training.summary import count_parameters
 from vgan.runtime.distributed import group, rank, world_size
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000)  # bytes

@@ -115,3 +115,18 @@ def replace_open(opener: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
 def replace_disk_usage(usage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what checkpoints ask for the free space."""
     monkeypatch.setattr("shutil.disk_usage", usage)
+
+
+def set_export_tolerance(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set how much the images of an export may differ from torch's."""
+    monkeypatch.setattr("vgan.inference.export.TOLERANCE", value)
+
+
+def replace_exported_forward(forward: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports from latents compute forward(self, z, c)."""
+    monkeypatch.setattr("vgan.inference.export.FromLatent.forward", forward)
+
+
+def accept_inception_weights(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Inception take the weights with these first 8 digits of their SHA-256."""
+    monkeypatch.setattr("vgan.evaluation.features.INCEPTION_SHA256", digest)
