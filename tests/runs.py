@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import seams
 import torch
-from hydra import compose, initialize_config_dir
 
-from vgan import cli  # noqa: F401  (registers the schemas)
-from vgan.config import CONFIG_DIR
+from vgan import cli
 from vgan.runs import checkpoint
 from vgan.training.train import train
 
@@ -20,13 +19,7 @@ TINY = [
     "augment=scheduled", "device=cpu",
 ]  # fmt: skip
 # Every step takes at least 10 ms, so that a kill lands inside the run and not after it.
-SLOW = """
-import time, vgan.training.train
-step = vgan.training.train.train_step
-vgan.training.train.train_step = lambda *a: (time.sleep(0.01), step(*a))[1]
-from vgan.cli import train_main
-train_main()
-"""
+SLOW = seams.IMPORT + "seams.slow_steps(); seams.train_main()"
 
 
 def start(run_dir: Path, *overrides: str, code: str = SLOW) -> "subprocess.Popen[str]":
@@ -35,8 +28,7 @@ def start(run_dir: Path, *overrides: str, code: str = SLOW) -> "subprocess.Popen
 
 
 def train_in_process(run_dir: Path, *overrides: str, tiny: list[str] = TINY) -> None:
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        train(compose("train", overrides=[*tiny, f"run_dir={run_dir}", *overrides]))
+    train(cli.compose("vgan-train", [*tiny, f"run_dir={run_dir}", *overrides]))
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

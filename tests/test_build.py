@@ -14,9 +14,8 @@ from PIL import Image
 from vgan import cli  # noqa: F401  (registers the schemas)
 from vgan.config import CONFIG_DIR, validate
 from vgan.data.loader import Loader
-from vgan.inference.load import build_generator
 from vgan.runtime.errors import UserError
-from vgan.runtime.instantiate import construct
+from vgan.runtime.instantiate import construct, construct_own
 from vgan.runtime.rng import Streams
 from vgan.training.setup import build_networks, set_up
 from vgan.training.step import train_step
@@ -214,4 +213,4 @@ def test_first_weights_follow_from_the_seed_and_leave_the_global_state() -> None
 )
 def test_a_checkpoint_may_name_vgans_networks_only(node: dict[str, object]) -> None:
     with pytest.raises(UserError, match="vgan's own classes only"):
-        build_generator({"generator": node}, {})
+        construct_own(node, "model.generator", {})

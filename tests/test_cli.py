@@ -88,7 +88,7 @@ def test_train_writes_the_run_folder_then_is_complete_then_samples(
     names = {p.name for p in folder.iterdir() if "tfevents" not in p.name}
     assert names == {
         ".lock", "config.yaml", "starts.jsonl", "stats.jsonl", "reals.png", "fakes-000000016.png", "fakes-000000032.png",
-        "checkpoint-000000016.pt", "checkpoint-000000032.pt",
+        "checkpoint-000000016.safetensors", "checkpoint-000000032.safetensors",
     }  # fmt: skip
     assert list(folder.glob("events.out.tfevents.*"))
     ticks = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
@@ -107,7 +107,7 @@ def test_train_writes_the_run_folder_then_is_complete_then_samples(
     assert size_of("grid.png") == (3 * 64, 3 * 64)
     first = Path("grid.png").read_bytes()
     run.sample(
-        f"ckpt={folder / 'checkpoint-000000032.pt'}",
+        f"ckpt={folder / 'checkpoint-000000032.safetensors'}",
         "n=9",
         "seed=3",
         "out=again.png",
@@ -140,7 +140,7 @@ def test_a_longer_run_goes_on_and_the_newest_checkpoints_stay(run: Cli, tmp_path
     assert code == 0
     assert "from 32 images on" in out
     names = sorted(p.name for p in (tmp_path / "r").glob("checkpoint-*"))
-    assert names == ["checkpoint-000000048.pt", "checkpoint-000000064.pt"]
+    assert names == ["checkpoint-000000048.safetensors", "checkpoint-000000064.safetensors"]
     starts = [
         json.loads(line) for line in (tmp_path / "r" / "starts.jsonl").read_text().splitlines()
     ]
@@ -177,7 +177,7 @@ def test_folder_with_labels_and_fp32_and_bf16(run: Cli, pictures_npy: Path) -> N
 def test_sweep_gives_every_job_a_folder(run: Cli, tmp_path: Path) -> None:
     code, _, err = run.train("-m", *TINY, "model=sep,conv", "run_dir=sweep")
     assert code == 0, err
-    folders = [p.parent.name for p in (tmp_path / "sweep").rglob("checkpoint-000000032.pt")]
+    folders = [p.parent.name for p in (tmp_path / "sweep").rglob("checkpoint-000000032.safetensors")]
     assert sorted(folders) == ["model=conv", "model=sep"]
 
 
@@ -330,19 +330,19 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_still_serves(
     run: Cli, tmp_path: Path
 ) -> None:
     run.train(*TINY, "run_dir=r")
-    newest = tmp_path / "r" / "checkpoint-000000032.pt"
+    newest = tmp_path / "r" / "checkpoint-000000032.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1000])
     damaged = newest.read_bytes()
     assert "not a readable checkpoint" in message(*run.sample(f"ckpt={newest}", "device=cpu"))
     code, out, _ = run.sample("ckpt=r", "device=cpu")
     assert code == 0
-    assert "passed over: r/checkpoint-000000032.pt: not a readable checkpoint" in out
+    assert "r/checkpoint-000000032.safetensors: not a readable checkpoint" in out
     code, out, _ = run.train(*TINY, "run_dir=r")
     assert code == 0
-    assert "passed over: r/checkpoint-000000032.pt: not a readable checkpoint" in out
+    assert "r/checkpoint-000000032.safetensors: not a readable checkpoint" in out
     assert "from 16 images on" in out
     assert (
-        tmp_path / "r" / "damaged-checkpoint-000000032.pt"
+        tmp_path / "r" / "damaged-checkpoint-000000032.safetensors"
     ).read_bytes() == damaged  # nothing is lost
 
 
@@ -376,7 +376,7 @@ def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
         parts = checkpoint.load(newest)
         monkeypatch.setattr(checkpoint, "FORMAT", 99)
         checkpoint.save(newest, parts, keep=9)
-        monkeypatch.setattr(checkpoint, "FORMAT", 2)
+        monkeypatch.setattr(checkpoint, "FORMAT", 3)
     elif why == "permissions":
 
         def refusing(path: Path, *arguments: Any, **named: Any) -> Any:
@@ -393,7 +393,7 @@ def test_a_sound_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
         def load(*_: Any, **__: Any) -> Any:
             raise short
 
-        monkeypatch.setattr(torch, "load", load)
+        monkeypatch.setattr(checkpoint, "safe_open", load)
     before = set((tmp_path / "r").iterdir())
     line = message(*run.train(*TINY, "run_dir=r", "total_kimg=0.064"))
     assert newest.name in line
@@ -520,7 +520,7 @@ def test_full_disk_keeps_what_was_written(
     run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.train(*TINY, "run_dir=r", "total_kimg=0.016")
-    kept = (tmp_path / "r" / "checkpoint-000000016.pt").read_bytes()
+    kept = (tmp_path / "r" / "checkpoint-000000016.safetensors").read_bytes()
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -528,9 +528,9 @@ def test_full_disk_keeps_what_was_written(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         line = message(*run.train(*TINY, "run_dir=r"))
-    assert "checkpoint-000000032.pt: cannot be written (No space left on device)" in line
-    assert [p.name for p in (tmp_path / "r").glob("*check*")] == ["checkpoint-000000016.pt"]
-    assert (tmp_path / "r" / "checkpoint-000000016.pt").read_bytes() == kept
+    assert "checkpoint-000000032.safetensors: cannot be written (No space left on device)" in line
+    assert [p.name for p in (tmp_path / "r").glob("*check*")] == ["checkpoint-000000016.safetensors"]
+    assert (tmp_path / "r" / "checkpoint-000000016.safetensors").read_bytes() == kept
     code, _, _ = run.train(*TINY, "run_dir=r")
     assert code == 0
 
@@ -584,7 +584,7 @@ def test_out_of_memory_says_what_to_lower(
     [
         ([], 2, "ckpt: must be given"),
         (["ckpt=nowhere"], 1, "ckpt=nowhere: no such file or folder"),
-        (["ckpt=."], 1, r"ckpt=.: the folder holds no checkpoint-\*.pt"),
+        (["ckpt=."], 1, r"ckpt=.: the folder has no checkpoint-\*.safetensors"),
         (["ckpt=r", "n=0"], 1, "n=0: must be above 0"),
         (["ckpt=r", "truncation=2"], 1, "truncation=2"),
         (["ckpt=r", "label=wolf"], 1, "label=wolf: unknown; use one of 0 circle, 1 square"),
@@ -628,7 +628,7 @@ def test_eval_prints_a_protocol_and_keeps_the_result(run: Cli) -> None:
     assert "drawn in fp32" in out
     record = json.loads(Path("a/metrics.jsonl").read_text())
     assert (record["ckpt"], record["cur_nimg"], record["protocol"]["seeds"]) == (
-        "checkpoint-000000032.pt",
+        "checkpoint-000000032.safetensors",
         32,
         [0, 1],
     )
@@ -679,7 +679,7 @@ def test_eval_errors_are_one_line(run: Cli, argv: list[str], message: str) -> No
 
 def test_a_checkpoint_cannot_choose_code_for_evaluation(run: Cli) -> None:
     run.train(*TINY, "run_dir=a")
-    path = Path("a/checkpoint-000000032.pt")
+    path = Path("a/checkpoint-000000032.safetensors")
     for part, leads_out in (
         ("data", "vgan.data.folder.os.system"),
         ("features", "vgan.evaluation.features.torch.hub.load"),

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ SMALL += ["loss.penalty_every=2"]
 CPU = torch.device("cpu")
 
 
+def train_config(*overrides: str) -> TrainConfig:
+    cli.register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return typed(compose("train", overrides=list(overrides)))
+
+
 class FakeBenchmark(Benchmark):
     """A benchmark whose trials take no time, except the first one, which is real."""
 
@@ -57,8 +64,7 @@ class Doctor:
         self.run, self._capsys = run, capsys
 
     def __call__(self, *overrides: str, benchmark: Benchmark | None = None) -> tuple[int, str]:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            cfg = typed(compose("train", overrides=list(overrides)))
+        cfg = train_config(*overrides)
         code = doctor(cfg, overrides, benchmark or FakeBenchmark(memory_gb=100))
         return code, self._capsys.readouterr().out
 
@@ -176,7 +182,8 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(
         (1000, 1, "cannot hold two checkpoints"),
         (1_000_000, 0, "full before the end"),
     ):
-        seams.set_free_disk_bytes(monkeypatch, free)
+        disk = SimpleNamespace(free=free)
+        seams.replace_disk_usage(lambda path, disk=disk: disk, monkeypatch)
         code, out = examine(*SMALL, "run_dir=r", "keep_checkpoints=50")
         assert code == stops
         assert any(text in p for p in problems(out)), out
@@ -217,7 +224,7 @@ def test_problems_of_the_data(examine: Doctor, tmp_path: Path) -> None:
 def test_a_compiler_that_fails_is_left_out(
     examine: Doctor, monkeypatch: pytest.MonkeyPatch, works: bool
 ) -> None:
-    seams.fake_compiler(monkeypatch, works)
+    seams.fake_compiler(works, monkeypatch)
     code, out = examine(*SMALL, "run_dir=r", "compile=true")
     if works:
         assert code == 0
@@ -264,8 +271,7 @@ def test_larger_batches_stop_where_memory_or_time_are_short(
 
 def test_a_benchmark_step_is_a_step_of_the_loop(examine: Doctor) -> None:
     examine.run.train(*SMALL, "run_dir=r", "total_kimg=0.032")
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = typed(compose("train", overrides=[*SMALL, "run_dir=s", "total_kimg=0.032"]))
+    cfg = train_config(*SMALL, "run_dir=s", "total_kimg=0.032")
     with open_benchmark_run(cfg, CPU, pick_precision(cfg.precision, CPU)) as subject:
         for _ in range(4):
             subject.step()

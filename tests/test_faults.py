@@ -10,48 +10,49 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seams
 import torch
 from runs import TINY, assert_same_run, lines_of, train_in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vgan.runs.log_writer
-import vgan.runtime.files
-import vgan.training.train
+from vgan.data.loader import Batch
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import append_line, own_folder
 from vgan.runtime.signals import TrainingFailed
-from vgan.training.monitor import HoldoutLogits, PeriodicEvaluation, SampleGrid
-from vgan.training.step import State
-from vgan.training.watchdog import DiversityHistory, RecoveryState, Watchdog, diversity
+from vgan.training.monitor import diversity
+from vgan.training.recovery import find_failure, next_recovery
+from vgan.training.schedules import HyperParameters
+from vgan.training.state import DiversityHistory, RecoveryState, TrainState
 
-Harm = Callable[[State, dict[str, torch.Tensor]], None]
+Harm = Callable[[TrainState, dict[str, torch.Tensor]], None]
 
 
-def spoil_weights(state: State, scalars: dict[str, torch.Tensor]) -> None:
+def spoil_weights(state: TrainState, scalars: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         next(state.G.parameters()).fill_(float("nan"))
     scalars["broken/G"] = torch.ones(())
 
 
-def spoil_loss(state: State, scalars: dict[str, torch.Tensor]) -> None:
+def spoil_loss(state: TrainState, scalars: dict[str, torch.Tensor]) -> None:
     scalars["loss/D"] = torch.tensor(float("nan"))
 
 
-def explode(state: State, scalars: dict[str, torch.Tensor]) -> None:
-    if "penalty/r1" in scalars:
-        scalars["penalty/r1"] = torch.tensor(1e6)
+def explode(state: TrainState, scalars: dict[str, torch.Tensor]) -> None:
+    if "loss/penalty" in scalars:
+        scalars["loss/penalty"] = torch.tensor(1e6)
 
 
-def collapse(state: State, scalars: dict[str, torch.Tensor]) -> None:
+def collapse(state: TrainState, scalars: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for p in state.G.to_rgb.parameters():  # type: ignore[union-attr]
             p.zero_()
 
 
 def kill(half: str) -> Harm:
-    def dead(state: State, scalars: dict[str, torch.Tensor]) -> None:
+    def dead(state: TrainState, scalars: dict[str, torch.Tensor]) -> None:
         scalars[f"grad_norm/{half}"] = torch.zeros(())
 
     return dead
@@ -60,29 +61,31 @@ def kill(half: str) -> Harm:
 def inject(
     monkeypatch: pytest.MonkeyPatch, harm: Harm, when: Callable[[int, int], bool]
 ) -> list[Any]:
-    """Let `harm` work on each step for which when(cur_nimg, stream of random numbers) holds; returns the moments of all steps."""
-    step, moments = vgan.training.train.train_step, []
+    """Apply `harm` after each step for which when(cur_nimg, stream of random numbers) holds.
 
-    def harmed(
-        state: State, recipe: Any, now: Any, real: Any, c: Any, streams: Any, weight: float
-    ) -> Any:
-        scalars = step(state, recipe, now, real, c, streams, weight)
-        moments.append((int(streams.index[0]), streams.seed >> 40, now))
-        if when(int(streams.index[0]), streams.seed >> 40):
+    Returns a list that collects (cur_nimg, stream, hyperparameters) of all steps.
+    """
+    steps: list[Any] = []
+
+    def around(step: Any, state: TrainState, how: Any, batch: Batch, hp: HyperParameters) -> Any:
+        cur_nimg, stream = int(batch.rng.index[0]), batch.rng.seed >> 40
+        scalars = step(state, how, batch, hp)
+        steps.append((cur_nimg, stream, hp))
+        if when(cur_nimg, stream):
             harm(state, scalars)
         return scalars
 
-    monkeypatch.setattr(vgan.training.train, "train_step", harmed)
-    return moments
+    seams.wrap_step(around, monkeypatch)
+    return steps
 
 
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
         (spoil_weights, "was not finite"),
-        (spoil_loss, "a loss was not a number"),
-        (explode, r"gamma / 2 (r1 + r2) was"),
-        (collapse, "the fakes have collapsed"),
+        (spoil_loss, "a loss was NaN"),
+        (explode, r"gamma / 2 (r1 + r2) = "),
+        (collapse, "mode collapse"),
         (kill("D"), "the discriminator is dead"),
         (kill("G"), "the generator is dead"),
     ],
@@ -97,7 +100,7 @@ def test_a_fault_leads_back_to_the_last_good_checkpoint(
     inject(monkeypatch, harm, lambda nimg, stream: nimg >= 200 and stream == 0)
     train_in_process(tmp_path / "r")
     out = capsys.readouterr().out
-    assert out.count("(try 1 of 3)") == 1
+    assert out.count("(roll-back 1 of 3)") == 1
     assert says in out
     told = [line for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line]
     assert len(told) == 1
@@ -107,8 +110,8 @@ def test_a_fault_leads_back_to_the_last_good_checkpoint(
     )  # within one interval, two for a collapse, which must be seen twice
     final = checkpoint.load(checkpoint.find(tmp_path / "r"))
     assert final["cur_nimg"] == 400
-    assert final["rescue"]["stream"] == 1
-    assert final["rescue"]["tries"] == 0  # overcome
+    assert final["recovery"]["stream"] == 1
+    assert final["recovery"]["rollbacks"] == 0  # overcome
     assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
     ticks = [
         line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "loss/D" in line
@@ -126,7 +129,7 @@ def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
     moments = inject(monkeypatch, spoil_weights, lambda nimg, stream: nimg >= 200)
     with pytest.raises(
         TrainingFailed,
-        match=r"gave up at 240 images after 3 tries .*not finite; the checkpoints of before are kept",
+        match=r"failed at 240 images after 3 roll-backs .*not finite; earlier checkpoints are kept",
     ):
         train_in_process(tmp_path / "r")
     first = {
@@ -147,7 +150,7 @@ def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
         for w in checkpoint.load(checkpoint.find(tmp_path / "r"))["G"].values()
     )
     put_aside = sorted(p.name for p in (tmp_path / "r").glob("rejected-*"))
-    assert put_aside == ["rejected-checkpoint-000000160.pt", "rejected-checkpoint-000000200.pt"]
+    assert put_aside == ["rejected-checkpoint-000000160.safetensors", "rejected-checkpoint-000000200.safetensors"]
 
 
 def test_a_fault_before_the_first_checkpoint_starts_anew(
@@ -162,16 +165,16 @@ def test_weights_that_are_not_finite_are_never_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unnoticed(
-        state: State, scalars: dict[str, torch.Tensor]
+        state: TrainState, scalars: dict[str, torch.Tensor]
     ) -> None:  # no scalar tells before the next step
         with torch.no_grad():
             next(state.G.parameters()).fill_(float("nan"))
 
     inject(monkeypatch, unnoticed, lambda nimg, stream: nimg == 232 and stream == 0)
     train_in_process(tmp_path / "r", "keep_checkpoints=99")
-    for path in (tmp_path / "r").glob("*.pt"):
+    for path in (tmp_path / "r").glob("*.safetensors"):
         assert all(torch.isfinite(w).all() for w in checkpoint.load(path)["G"].values())
-    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["rescue"]["stream"] == 1
+    assert checkpoint.load(checkpoint.find(tmp_path / "r"))["recovery"]["stream"] == 1
 
 
 def test_moments_that_are_not_finite_are_never_written(
@@ -188,21 +191,22 @@ def test_moments_that_are_not_finite_are_never_written(
     assert not checkpoint.path_at(tmp_path / "r", 99).exists()
 
 
-def test_fp16_that_overflows_at_every_scale_is_a_fault() -> None:
-    watchdog = Watchdog(50, 0.01)
-    assert watchdog.fault({"scale/D": 65536.0}, 1.0, DiversityHistory()) is None
-    assert "fp16: every gradient of D overflows" in str(
-        watchdog.fault({"scale/D": 2.0**-11}, 1.0, DiversityHistory())
-    )
+def failure(history: DiversityHistory, **means: float) -> str | None:
+    named = {name.replace("_", "/"): value for name, value in means.items()}
+    return find_failure(named, history, max_penalty=50, min_diversity=0.02)
 
 
-def test_a_run_that_was_never_varied_has_not_collapsed() -> None:
-    watchdog, varied = Watchdog(50, 0.02), DiversityHistory()
-    assert [
-        watchdog.fault({"diversity": d}, 1.0, varied) for d in (0.005, 0.006, 0.3, 0.01, 0.3)
-    ] == [None] * 5
-    assert watchdog.fault({"diversity": 0.01}, 1.0, varied) is None
-    assert "collapsed" in str(watchdog.fault({"diversity": 0.01}, 1.0, varied))
+def test_fp16_that_overflows_at_every_scale_is_a_failure() -> None:
+    assert failure(DiversityHistory(), scale_D=65536.0) is None
+    found = failure(DiversityHistory(), scale_D=2.0**-11)
+    assert "fp16: every gradient of D overflows" in str(found)
+
+
+def test_a_run_that_was_never_diverse_has_not_collapsed() -> None:
+    history = DiversityHistory()
+    for value in (0.005, 0.006, 0.3, 0.01, 0.3, 0.01):
+        assert failure(history, diversity=value) is None
+    assert "mode collapse: diversity 0.01 < 0.02" in str(failure(history, diversity=0.01))
 
 
 def test_a_stop_in_the_midst_of_a_rescue_changes_nothing(
@@ -219,7 +223,7 @@ def test_a_stop_in_the_midst_of_a_rescue_changes_nothing(
         if picture.name != "fakes-000000400.png":
             picture.unlink()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    assert checkpoint.load(checkpoint.find(tmp_path / "cut"))["rescue"]["stream"] == 1
+    assert checkpoint.load(checkpoint.find(tmp_path / "cut"))["recovery"]["stream"] == 1
 
 
 def test_a_fault_between_two_ticks_is_noticed_before_a_checkpoint(
@@ -227,7 +231,7 @@ def test_a_fault_between_two_ticks_is_noticed_before_a_checkpoint(
 ) -> None:
     inject(monkeypatch, spoil_loss, lambda nimg, stream: nimg >= 200 and stream == 0)
     train_in_process(tmp_path / "r", "tick_kimg=0.4")
-    assert "at 240 images: a loss was not a number; back to 200" in capsys.readouterr().out
+    assert "At 240 images: a loss was NaN. Rolled back to 200" in capsys.readouterr().out
 
 
 def test_diversity_is_a_share_of_the_reals(generator: torch.Generator) -> None:
@@ -236,20 +240,21 @@ def test_diversity_is_a_share_of_the_reals(generator: torch.Generator) -> None:
     assert diversity(x[:1].expand(10, -1, -1, -1), x).item() == 0
 
 
-def test_rescues_take_turns_and_what_helped_stays() -> None:
-    change, words = RecoveryState(), []
+def test_roll_backs_change_one_thing_each_and_what_helped_stays() -> None:
+    recovery, changes = RecoveryState(), []
     for _ in range(4):
-        change, what = change.next(100)
-        words.append(what)
-    assert words == [
-        "a new random stream",
+        recovery, change = next_recovery(recovery, 100)
+        changes.append(change)
+    assert changes == [
+        "new random numbers",
         "half the learning rates",
         "twice the gamma",
-        "a new random stream",
+        "new random numbers",
     ]
-    assert change.past(150, 60).tries == 4
-    past = change.past(161, 60)
-    assert (past.tries, past.lr, past.gamma, past.stream) == (0, 0.5, 2.0, 4)
+    recovery.passed(150, 60)
+    assert recovery.rollbacks == 4
+    recovery.passed(161, 60)
+    assert recovery == RecoveryState(stream=4, lr=0.5, gamma=2.0, rollbacks=0, failure_nimg=100)
 
 
 # --- disks ----------------------------------------------------------------------------------------------------------
@@ -263,15 +268,14 @@ def test_a_full_disk_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From 120 to 280 images nothing can be made durable; training goes on, and later checkpoints are there."""
-    step = vgan.training.train.train_step
 
-    def on_a_full_disk(*arguments: Any) -> Any:
-        nimg = int(arguments[5].index[0])
-        monkeypatch.setattr(os, "fsync", full if 120 <= nimg < 280 else fsync)
-        return step(*arguments)
+    def around(step: Any, state: TrainState, *arguments: Any) -> Any:
+        is_full = 120 <= state.cur_nimg < 280
+        monkeypatch.setattr(os, "fsync", full if is_full else fsync)
+        return step(state, *arguments)
 
     fsync = os.fsync
-    monkeypatch.setattr(vgan.training.train, "train_step", on_a_full_disk)
+    step = seams.wrap_step(around, monkeypatch)
     train_in_process(tmp_path / "r", "keep_checkpoints=99")
     out = capsys.readouterr().out
     assert out.count("cannot be written (No space left on device)") >= 3
@@ -279,7 +283,7 @@ def test_a_full_disk_costs_no_run(
     assert set(written) >= {40, 80, 320, 360, 400}
     assert not set(written) & {160, 200, 240}
     assert not list((tmp_path / "r").glob(".*tmp"))
-    monkeypatch.setattr(vgan.training.train, "train_step", step)
+    seams.wrap_step(lambda _, *arguments: step(*arguments), monkeypatch)
     train_in_process(tmp_path / "good", "keep_checkpoints=99")
     assert_same_run(tmp_path / "r", tmp_path / "good")
 
@@ -289,7 +293,7 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(
 ) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        UserError, match=r"checkpoint-000000400.pt: cannot be written \(No space left on device\)"
+        UserError, match=r"checkpoint-000000400.safetensors: cannot be written \(No space left on device\)"
     ):
         train_in_process(tmp_path / "r")
 
@@ -301,15 +305,15 @@ def test_the_oldest_checkpoints_make_room_but_never_the_newest_and_never_in_vain
     parts = checkpoint.load(checkpoint.find(tmp_path / "r"))
     size = checkpoint.find(tmp_path / "r").stat().st_size
     needed = checkpoint_bytes(parts)
-    rejected = tmp_path / "r" / "rejected-checkpoint-000000130.pt"
+    rejected = tmp_path / "r" / "rejected-checkpoint-000000130.safetensors"
     rejected.write_bytes(checkpoint.find(tmp_path / "r").read_bytes())
 
     def with_free(free: int) -> list[int]:
         def usage(_: object) -> Any:
-            removed = 4 - len(list((tmp_path / "r").glob("*checkpoint-*.pt")))
+            removed = 4 - len(list((tmp_path / "r").glob("*checkpoint-*.safetensors")))
             return type("Usage", (), {"free": free + removed * size})
 
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+        seams.replace_disk_usage(usage, monkeypatch)
         checkpoint.save(checkpoint.path_at(tmp_path / "r", 160), parts, keep=9)
         return [checkpoint.nimg_of(p) for p in checkpoint.all_checkpoints(tmp_path / "r")]
 
@@ -343,7 +347,7 @@ def test_statistics_wait_for_a_disk_that_takes_them_again(
                 raise OSError(errno.ENOSPC, "No space left on device")
         return opened(path, *arguments, **named)
 
-    monkeypatch.setattr(vgan.runtime.files, "open", refusing, raising=False)
+    seams.replace_open(refusing, monkeypatch)
     train_in_process(tmp_path / "r")
     assert len(tries) > 6
     assert [line["cur_nimg"] for line in lines_of(tmp_path / "r" / "stats.jsonl")] == list(
@@ -373,23 +377,18 @@ def test_curves_are_whole_after_a_disk_was_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     """TensorBoard reads no further than half an event, so that what waited comes in a file of its own."""
-    step, real = (
-        vgan.training.train.train_step,
-        getattr(vgan.runs.log_writer.TensorBoardFile, refused),
-    )
+    writer = vgan.runs.log_writer.TensorBoardFile
+    real = getattr(writer, refused)
 
     def half(board: Any, *_: object) -> None:
         board._file.write(b"half an event")
         full()
 
-    def on_a_full_disk(*arguments: Any) -> Any:
-        full_now = 120 <= int(arguments[5].index[0]) < 280
-        monkeypatch.setattr(
-            vgan.runs.log_writer.TensorBoardFile, refused, half if full_now else real
-        )
-        return step(*arguments)
+    def around(step: Any, state: TrainState, *arguments: Any) -> Any:
+        monkeypatch.setattr(writer, refused, half if 120 <= state.cur_nimg < 280 else real)
+        return step(state, *arguments)
 
-    monkeypatch.setattr(vgan.training.train, "train_step", on_a_full_disk)
+    seams.wrap_step(around, monkeypatch)
     train_in_process(tmp_path / "r")
     found = EventAccumulator(str(tmp_path / "r"), {"scalars": 0})
     found.Reload()
@@ -399,7 +398,7 @@ def test_curves_are_whole_after_a_disk_was_full(
 
 def test_what_a_kill_left_of_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
-    left = [tmp_path / "r" / name for name in (".checkpoint-000000050.pt.tmp", ".best.pt.tmp")]
+    left = [tmp_path / "r" / name for name in (".checkpoint-000000050.safetensors.tmp", ".best.safetensors.tmp")]
     for path in left:
         path.write_bytes(b"half")
     train_in_process(tmp_path / "r", "total_kimg=0.008")
@@ -420,19 +419,18 @@ def test_a_kill_before_an_evaluation_does_not_lose_it(
 ) -> None:
     """The last one too: its checkpoint is there already, and the run looks complete."""
     train_in_process(tmp_path / "whole", *EVALUATED)
-    evaluate = PeriodicEvaluation._evaluate
+    kills = [32, 64]
 
-    for reached in (32, 64):
+    def around(evaluate: Any, evaluation: Any, state: dict[str, Any], writer: Any) -> Any:
+        if state["cur_nimg"] in kills:
+            kills.remove(state["cur_nimg"])
+            raise KeyboardInterrupt
+        return evaluate(evaluation, state, writer)
 
-        def killed(judge: PeriodicEvaluation, cur_nimg: int, parts: Any, at: int = reached) -> Any:
-            if cur_nimg == at:
-                raise KeyboardInterrupt
-            return evaluate(judge, cur_nimg, parts)
-
-        monkeypatch.setattr(PeriodicEvaluation, "_evaluate", killed)
+    seams.wrap_evaluation(around, monkeypatch)
+    while kills:
         with pytest.raises(KeyboardInterrupt):
             train_in_process(tmp_path / "r", *EVALUATED)
-    monkeypatch.setattr(PeriodicEvaluation, "_evaluate", evaluate)
     train_in_process(tmp_path / "r", *EVALUATED)
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     train_in_process(tmp_path / "r", *EVALUATED)  # and once is enough
@@ -441,7 +439,7 @@ def test_a_kill_before_an_evaluation_does_not_lose_it(
         tmp_path / "whole" / "metrics.jsonl"
     )
     assert_same_run(tmp_path / "whole", tmp_path / "r")
-    assert (tmp_path / "r" / "best.pt").is_file()
+    assert (tmp_path / "r" / "best.safetensors").is_file()
 
 
 def test_an_evaluation_that_finds_no_memory_costs_no_run(
@@ -450,35 +448,37 @@ def test_an_evaluation_that_finds_no_memory_costs_no_run(
     def cramped(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(PeriodicEvaluation, "_evaluate", cramped)
+    seams.wrap_evaluation(cramped, monkeypatch)
     train_in_process(tmp_path / "r", *EVALUATED)
-    assert "no evaluation at 32 images, training goes on (out of memory)" in capsys.readouterr().out
+    assert (
+        "No evaluation at 32 images, training continues (out of memory)" in capsys.readouterr().out
+    )
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 64
 
 
 def test_the_end_is_judged_by_the_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by best.pt, which comes after it."""
+    """Not by best.safetensors, which comes after it."""
     real = checkpoint.save
-    refused = "checkpoint-000000064.pt"
+    refused = "checkpoint-000000064.safetensors"
 
     def save(path: Path, parts: dict[str, Any], keep: int) -> None:
         if path.name == refused:
             raise UserError(f"{path}: cannot be written (Disk quota exceeded)")
         real(path, parts, keep)
 
-    monkeypatch.setattr(checkpoint, "save", save)
-    with pytest.raises(UserError, match=r"checkpoint-000000064.pt: cannot be written"):
+    seams.replace_save(save, monkeypatch)
+    with pytest.raises(UserError, match=r"checkpoint-000000064.safetensors: cannot be written"):
         train_in_process(tmp_path / "final", *EVALUATED)
-    assert (tmp_path / "final" / "best.pt").is_file()
-    refused = "best.pt"
+    assert (tmp_path / "final" / "best.safetensors").is_file()
+    refused = "best.safetensors"
     train_in_process(tmp_path / "best", *EVALUATED)
     assert [line["best"] for line in lines_of(tmp_path / "best" / "metrics.jsonl")] == [
         None,
         None,
     ]  # none is on the disk
-    assert checkpoint.find(tmp_path / "best").name == "checkpoint-000000064.pt"
+    assert checkpoint.find(tmp_path / "best").name == "checkpoint-000000064.safetensors"
 
 
 def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
@@ -486,10 +486,10 @@ def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
     writer = CheckpointWriter(9, print)
     before = writer.last_s
     assert writer.write(
-        tmp_path / "r" / "best.pt", checkpoint.load(checkpoint.find(tmp_path / "r"))
+        tmp_path / "r" / "best.safetensors", checkpoint.load(checkpoint.find(tmp_path / "r"))
     )
     assert writer.last_s == before
-    assert (tmp_path / "r" / "best.pt").is_file()
+    assert (tmp_path / "r" / "best.safetensors").is_file()
     writer.close()
 
 
@@ -566,32 +566,25 @@ def test_a_batch_in_parts_is_the_same_batch(tmp_path: Path) -> None:
         assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize("half", ["d_forward", "g_forward"])
+@pytest.mark.parametrize("half", ["d", "g"])
 def test_out_of_memory_splits_the_batch_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], half: str
 ) -> None:
-    import vgan.training.setup
-
-    def cramped(forward: Any) -> Any:
+    def cramped(objective: Any) -> Any:
         def limited(*arguments: Any) -> Any:
-            if len(arguments[4].real) > 2:
+            if len(arguments[-1].real) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return forward(*arguments)
+            return objective(*arguments)
 
         return limited
 
-    recipe = vgan.training.setup.Objective
     train_in_process(tmp_path / "whole", "precision=fp32", "total_kimg=0.04")
-    monkeypatch.setattr(
-        vgan.training.setup,
-        "Objective",
-        lambda *a: recipe(*a, **{half: cramped(getattr(vgan.training.step, half))}),
-    )
+    seams.wrap_objective(half, cramped, monkeypatch)
     train_in_process(tmp_path / "r", "precision=fp32", "total_kimg=0.04")
     out = capsys.readouterr().out
-    assert "out of memory: batches of 8 now go through in parts of 4" in out
-    assert out.count("in parts of 2,") == 1
-    assert "in parts of 1," not in out
+    assert "Out of memory: batches of 8 now run as micro-batches of 4" in out
+    assert out.count("micro-batches of 2") == 1
+    assert "micro-batches of 1" not in out
     a, b = (lines_of(tmp_path / name / "stats.jsonl")[0] for name in ("whole", "r"))
     for name in ("loss/D", "loss/G", "penalty/r1", "grad_norm/G"):
         assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-3)
@@ -611,7 +604,7 @@ def test_out_of_memory_for_the_moments_splits_the_batch(
     train_in_process(tmp_path / "whole", "precision=fp32", "total_kimg=0.04", "batch_gpu=4")
     monkeypatch.setattr(torch.optim.Adam, "step", cramped)
     train_in_process(tmp_path / "r", "precision=fp32", "total_kimg=0.04")
-    assert "out of memory: batches of 8 now go through in parts of 4" in capsys.readouterr().out
+    assert "Out of memory: batches of 8 now run as micro-batches of 4" in capsys.readouterr().out
     a, b = (lines_of(tmp_path / name / "stats.jsonl")[0] for name in ("whole", "r"))
     assert b["loss/D"] == pytest.approx(a["loss/D"], rel=1e-3)
 
@@ -622,14 +615,9 @@ def test_grids_and_comparisons_that_find_no_memory_are_left_out(
     def cramped(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    for owner, name in (
-        (SampleGrid, "fakes"),
-        (SampleGrid, "diversity"),
-        (HoldoutLogits, "__call__"),
-    ):
-        monkeypatch.setattr(owner, name, cramped)
+    seams.replace_optional_work(cramped, monkeypatch)
     train_in_process(tmp_path / "r", "holdout=16")
     out = capsys.readouterr().out
-    for what in ("grids", "diversity", "logits of held-out pictures"):
-        assert out.count(f"out of memory: no {what} for now, training goes on") == 1
+    for what in ("grids", "diversity", "logits of held-out images"):
+        assert out.count(f"Out of memory: no {what} for now, training continues") == 1
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 400

@@ -27,10 +27,10 @@ from vgan.apps import page as play
 from vgan.apps import static_page
 from vgan.apps.demo import PageBackend, application
 from vgan.config import CONFIG_DIR
-from vgan.inference.attention_maps import look
+from vgan.inference.attention_maps import attention_maps as look
 from vgan.inference.export import export
-from vgan.inference.latents import lerp, slerp
-from vgan.inference.load import draw, latents, restore_generator
+from vgan.inference.latents import draw, latents, lerp, slerp
+from vgan.inference.load import restore_generator
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 
@@ -576,7 +576,7 @@ def test_demo_starts_says_where_and_ends_on_ctrl_c(
     code, out, err = run(cli.demo_main, f"ckpt='{ckpt}'", "port=0", "device=cpu")
     assert (code, err) == (0, "")
     assert re.match(
-        r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.pt\nvgan-demo: ended\n$",
+        r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.safetensors\nvgan-demo: ended\n$",
         out,
     )
 

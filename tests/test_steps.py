@@ -11,7 +11,7 @@ from vgan.data.loader import Loader
 from vgan.data.source import Dataset
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator
-from vgan.runs.log_writer import Stats
+from vgan.training.state import Stats
 from vgan.runtime.device import missing_compiler
 from vgan.runtime.rng import Streams, signs, words
 from vgan.training.ema import ema_copy, update_ema

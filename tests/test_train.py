@@ -123,7 +123,7 @@ def test_evaluation_in_a_run_keeps_the_best(tmp_path: Path) -> None:
     assert [line["best"] for line in lines] == [
         min(line["fid"] for line in lines[: i + 1]) for i in range(3)
     ]
-    best = checkpoint.load(run_dir / "best.pt")
+    best = checkpoint.load(run_dir / "best.safetensors")
     assert best["cur_nimg"] == min(lines, key=lambda line: line["fid"])["cur_nimg"]
     assert best["metrics"]["fid"] == lines[-1]["best"]
     stats = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ __all__ = ["__version__", "load_generator"]
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use, so that `import vgan` stays cheap and touches no global state of torch.
+    # Imported on first use: `import vgan` stays fast and does not import torch.
     if name == "load_generator":
         from vgan.inference.load import load_generator
 

@@ -1,42 +1,85 @@
-"""The schema of the command line: every key with its type, unit and meaning. Values live in configs/*.yaml.
+"""Schemas of the commands: every key with its type, unit, rule and explanation.
 
-Hydra merges the YAML into these dataclasses, so that a wrong key or type is refused at the prompt; `validate` checks
-what types cannot say. The text behind each key is what `--help` prints.
+The values live in configs/*.yaml. Hydra merges them into these dataclasses and refuses unknown
+keys and wrong types. `vgan.validation.validate` checks the rules. `--help` prints the explanations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vgan.runtime.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
-# In a wheel the YAML files travel inside the package; in a checkout they are the top-level folder.
-CONFIG_DIR = (
-    _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+# A wheel contains the YAML files inside the package; in a checkout they are a top-level folder.
+CONFIG_DIR = _PACKAGE / "configs"
+if not CONFIG_DIR.is_dir():
+    CONFIG_DIR = _PACKAGE.parent / "configs"
+
+
+class Rule(NamedTuple):
+    """A condition on one value, and its text for the error message."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float, note: str = "") -> Rule:
+    return Rule(f"must be at least {low:g}{note}", lambda v: v >= low)
+
+
+def above(low: float) -> Rule:
+    return Rule(f"must be above {low:g}", lambda v: v > low)
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(f"must be from {low:g} to {high:g}", lambda v: low <= v <= high)
+
+
+def from_to_below(low: float, high: float) -> Rule:
+    return Rule(f"must be from {low:g} to below {high:g}", lambda v: low <= v < high)
+
+
+def one_of(*options: str) -> Rule:
+    return Rule(f"must be one of {', '.join(options)}", lambda v: str(v).lower() in options)
+
+
+def some_of(*options: str) -> Rule:
+    text = f"must be some of {', '.join(options)}"
+    return Rule(text, lambda v: len(v) > 0 and set(v) <= set(options))
+
+
+METRICS = some_of("fid", "kid", "is", "pr", "diversity", "classes", "copies")
+PRECISION = one_of("auto", "fp32", "tf32", "bf16", "fp16")
+WIDTHS = Rule(
+    "every width must be a positive multiple of 8", lambda v: all(w > 0 and w % 8 == 0 for w in v)
 )
-
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-PENALTIES = ("jvp", "double_backward", "finite_difference")
-METRICS = ("fid", "kid", "is", "pr", "diversity", "classes", "copies")
-EXPORTS = ("onnx", "safetensors", "pt2", "torchscript", "html")
-MOTIONS = ("interpolate", "classes", "walk")
-SHOWN = ("pictures", "attention", "patches")
-BEST_BY = ("fid", "kid", "is", "precision", "recall")
+_DEVICE = "auto, cpu, cuda, cuda:1 or mps; auto is the first accelerator found"
+_PRECISION = "auto, fp32, tf32, bf16 or fp16; auto is bf16 where the GPU is fast at it, else fp32"
+_CKPT = "checkpoint file, or run folder (its newest checkpoint)"
+_METRICS = "list of fid, kid, is, pr (precision and recall), diversity, classes, copies"
 
 
-def key(text: str, default: Any = MISSING) -> Any:
-    """A dataclass field whose `text` explains it in --help; a class as default makes it a node of its own."""
-    if isinstance(default, type):
-        return field(default_factory=default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+def key(text: str, rule: Rule | None = None) -> Any:
+    """Declare a field that `text` explains in --help and whose values obey `rule`.
+
+    The rule of a list applies to the list, the rule of a Ramp to its start and its end. None always
+    obeys the rule of an optional field.
+    """
+    return field(default=MISSING, metadata={"help": text, "rule": rule})
+
+
+def node(schema: Callable[[], Any], text: str, rule: Rule | None = None) -> Any:
+    """Declare a field with keys of its own: a dataclass, or dict for those of a `_target_`."""
+    return field(default_factory=schema, metadata={"help": text, "rule": rule})
 
 
 @dataclass
 class Ramp:
-    """A quantity that runs from start to end along half a cosine over schedule_kimg."""
+    """A quantity that moves from start to end along half a cosine over schedule_kimg."""
 
     start: float = MISSING
     end: float = MISSING
@@ -45,18 +88,18 @@ class Ramp:
 @dataclass
 class SizeConfig:
     name: str = MISSING
-    z_dim: int = key("length of the latent vector")
-    embed_dim: int = key("length of the class embeddings")
-    g_widths: list[int] = key("generator's channels at 4, 8, 16, ... px")
-    d_widths: list[int] = key("discriminator's channels at 4, 8, 16, ... px")
-    blocks: int = key("residual blocks a stage")
-    expansion: int = key("times wider inside a residual block")
-    patch_size: int = key("pixels a side that one finest feature holds: 1, 2 or 4")
+    z_dim: int = key("dimension of the latent vector z", above(0))
+    embed_dim: int = key("dimension of the class embeddings")
+    g_widths: list[int] = key("channels of the generator at 4, 8, 16, ... px", WIDTHS)
+    d_widths: list[int] = key("channels of the discriminator at 4, 8, 16, ... px", WIDTHS)
+    blocks: int = key("residual blocks per stage", above(0))
+    expansion: int = key("channel expansion inside a residual block")
+    patch_size: int = key("pixels per side of one cell of the finest feature map: 1, 2 or 4")
     gradient_checkpointing: bool = key(
-        "keep no features inside the layers, work them out again in the backward pass"
+        "recompute activations in the backward pass: less memory, a third more time"
     )
     attention_resolutions: list[int] = key(
-        "px of the stages that get attention, where the model has it"
+        "resolutions in px of the stages with attention, if the model uses it"
     )
 
 
@@ -65,519 +108,291 @@ class ModelConfig:
     name: str = MISSING
     generator: dict[str, Any] = key("_target_ and arguments of the generator")
     discriminator: dict[str, Any] = key(
-        "likewise; patch_px bounds what a logit sees, logits_px=1 judges the image as one"
+        "_target_ and arguments of the discriminator; patch_px limits the receptive field of a "
+        "logit, logits_px=1 gives one logit per image"
     )
 
 
 @dataclass
 class LossConfig:
     name: str = MISSING
-    gamma: Ramp = key("strength of the gradient penalties R1 and R2, .start and .end", Ramp)
-    penalty_every: int = key("steps between two penalties; each counts as many times more")
+    gamma: Ramp = node(
+        Ramp, "weight of the gradient penalties R1 and R2, .start and .end", at_least(0)
+    )
+    penalty_every: int = key(
+        "steps between two gradient penalties; the weight is multiplied by it", above(0)
+    )
 
 
 @dataclass
 class AugmentConfig:
     name: str = MISSING
     transforms: list[str] = key(
-        "some of those in vgan/augment.py: flip, translation, rotation, hue, cutout, ..."
+        "list of transforms of vgan/data/augment.py: flip, translation, rotation, hue, cutout, ..."
     )
-    p: Ramp = key("probability of each transform for a picture, .start and .end", Ramp)
+    p: Ramp = node(Ramp, "probability of each transform, .start and .end", between(0, 1))
     target: float | None = key(
-        "augment=adaptive: p moves to keep the sign of real logits at this mean; null: p as scheduled"
+        "ADA: p moves to keep the mean sign of the real logits here; null: p follows its schedule",
+        Rule("must be between -1 and 1", lambda v: -1 < v < 1),
     )
-    adapt_kimg: float = key("augment=adaptive: thousands of images in which p could go from 0 to 1")
+    adapt_kimg: float = key("ADA: thousands of images in which p can move from 0 to 1", above(0))
 
 
 @dataclass
 class OptimConfig:
     optimizer: dict[str, Any] = key("_target_ and arguments of the optimizer")
-    lr_G: Ramp = key("learning rate of the generator, .start and .end", Ramp)
-    lr_D: Ramp = key("learning rate of the discriminator, .start and .end", Ramp)
-    beta1: float = key("Adam's momentum")
-    beta2: Ramp = key("Adam's second decay, .start and .end", Ramp)
+    lr_G: Ramp = node(Ramp, "learning rate of the generator, .start and .end", at_least(0))
+    lr_D: Ramp = node(Ramp, "learning rate of the discriminator, .start and .end", at_least(0))
+    beta1: float = key("Adam's beta1", from_to_below(0, 1))
+    beta2: Ramp = node(Ramp, "Adam's beta2, .start and .end", from_to_below(0, 1))
 
 
 @dataclass
 class EmaConfig:
-    halflife_kimg: float = key(
-        "half-life of the generator's running average, in thousands of images"
-    )
-    ramp: float = key("half-life at most this share of the images so far; 0: no ramp")
+    halflife_kimg: float = key("half-life of the EMA in thousands of images", at_least(0))
+    ramp: float = key("limit of the half-life as a fraction of the images so far; 0: no limit")
 
 
 @dataclass
 class PeriodicEvaluationConfig:
-    metrics: list[str] = key(
-        "some of fid, kid, is, pr (precision and recall), diversity, classes, copies"
+    metrics: list[str] = key(_METRICS, METRICS)
+    n: int = key("images per evaluation; a published FID needs 50,000", at_least(20))
+    repeats: int = key("evaluations with different seeds; gives mean and deviation", above(0))
+    best_by: str = key(
+        "metric that selects the best checkpoint: fid, kid, is, precision or recall",
+        one_of("fid", "kid", "is", "precision", "recall"),
     )
-    n: int = key("pictures drawn for an evaluation; fid of fewer than 50,000 is no published FID")
-    repeats: int = key("evaluations with other seeds; their mean and spread are given")
-    best_by: str = key("the best checkpoint stays as best.pt: by fid, kid, is, precision or recall")
 
 
 @dataclass
 class WatchdogConfig:
-    max_rollbacks: int = key(
-        "how often a run that went wrong goes back to a checkpoint and changes one thing; 0: it ends"
-    )
-    max_penalty: float = key("gamma / 2 (r1 + r2) above this counts as a fault; 0.1 is usual")
+    max_rollbacks: int = key("rollbacks after a failure before the run ends", at_least(0))
+    max_penalty: float = key("failure: gamma / 2 (r1 + r2) above this; 0.1 is usual", above(0))
     min_diversity: float = key(
-        "fakes of one class nearer to each other than this share of the reals' distance are a fault"
+        "failure: distance between fakes of a class below this fraction of the reals' distance",
+        from_to_below(0, 1),
     )
 
 
 @dataclass
 class TrainConfig:
-    """Everything that vgan-train reads."""
+    """Keys of vgan-train and vgan-doctor."""
 
     run_dir: str = key(
-        "folder of the run: config, statistics, grids, checkpoints; the same folder resumes"
+        "folder of the run: config, statistics, grids, checkpoints; an existing run is resumed"
     )
-    seed: int = key("every random number of the run follows from it")
-    device: str = key("auto, cpu, cuda, cuda:1, mps; auto takes the first accelerator there is")
-    precision: str = key(
-        "auto, fp32, tf32, bf16 or fp16; auto takes bf16 where the hardware multiplies it fast"
-    )
+    seed: int = key("seed of every random number of the run", at_least(0))
+    device: str = key(_DEVICE)
+    precision: str = key(_PRECISION, PRECISION)
     compile: str = key(
-        "auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton"
+        "auto, true or false: torch.compile; auto compiles on NVIDIA GPUs with Triton",
+        one_of("auto", "true", "false"),
     )
-    cuda_graphs: bool = key(
-        "with compile: replay each graph's kernels in one launch; more memory, for small networks"
-    )
+    cuda_graphs: bool = key("use CUDA graphs if compiled: faster for small networks, more memory")
     depthwise: str = key(
-        "auto, torch or triton: what runs activation and depthwise convolution; triton needs an NVIDIA GPU"
+        "kernels of activation and depthwise convolution: auto, torch or triton (NVIDIA GPUs only)",
+        one_of("auto", "torch", "triton"),
     )
     parallel: str = key(
-        "under torchrun: ddp (whole networks on each device) or fsdp (spread over them, for large ones)"
+        "under torchrun: ddp (a copy per device) or fsdp (weights sharded, for large networks)",
+        one_of("ddp", "fsdp"),
     )
-    deterministic: bool = key("only kernels that repeat bit for bit, on GPUs too; slower")
-    threads: int = key("CPU threads for torch; 0 leaves torch's own choice")
-    total_kimg: float = key("length of the run in thousands of real images shown")
-    batch_size: int = key("images a step, over all processes")
+    deterministic: bool = key("use deterministic kernels only; slower on GPUs")
+    threads: int = key("CPU threads of torch; 0 keeps torch's default", at_least(0))
+    total_kimg: float = key(
+        "length of the run in thousands of real images", at_least(0.001, ", which is one image")
+    )
+    batch_size: int = key("images per step, over all processes", above(0))
     batch_gpu: int | None = key(
-        "at most so many images at once on each device, with the same result; null: as many as fit"
+        "images per micro-batch on each device, with the same result; null: as many as fit",
+        above(0),
     )
     schedule_kimg: float = key(
-        "the quantities with a start and an end reach their end here, in thousands of images"
+        "length of the schedules from .start to .end in thousands of images", above(0)
     )
-    tick_kimg: float = key("statistics are written every so many thousand images")
-    snapshot_kimg: float = key("a grid of fakes is written every so many thousand images")
-    checkpoint_kimg: float = key("a checkpoint is written every so many thousand images")
-    checkpoint_minutes: float = key("a checkpoint is written at least every so many minutes")
-    keep_checkpoints: int = key("the newest so many checkpoints stay on disk")
+    tick_kimg: float = key("thousands of images between two lines of statistics", above(0))
+    snapshot_kimg: float = key("thousands of images between two grids of fakes", above(0))
+    checkpoint_kimg: float = key("thousands of images between two checkpoints", above(0))
+    checkpoint_minutes: float = key("maximum minutes between two checkpoints", above(0))
+    keep_checkpoints: int = key("number of newest checkpoints kept on disk", above(0))
     eval_kimg: float = key(
-        "the averaged generator is evaluated every so many thousand images; 0: never"
+        "thousands of images between two evaluations of the EMA generator; 0: never", at_least(0)
     )
-    watchdog: WatchdogConfig = key(
-        "what counts as a run gone wrong, and how often it is set right", WatchdogConfig
-    )
-    model: ModelConfig = key("the networks", ModelConfig)
-    size: SizeConfig = key("how large they are", SizeConfig)
-    data: dict[str, Any] = key("where the pictures come from, and what suits them", dict)
+    watchdog: WatchdogConfig = node(WatchdogConfig, "detection of failures, and rollbacks")
+    model: ModelConfig = node(ModelConfig, "the two networks")
+    size: SizeConfig = node(SizeConfig, "size of the networks")
+    data: dict[str, Any] = node(dict, "data set: _target_ and arguments")
     holdout: int = key(
-        "pictures that are kept out of training, to see over-fitting by: their logits beside the others'"
+        "images held out of training; the gap between their logits and the others' shows "
+        "overfitting of the discriminator",
+        at_least(0),
     )
     penalty: str = key(
-        "jvp (one forward-mode pass), double_backward (exact) or finite_difference (float32, for any network)"
+        "algorithm of the gradient penalty: jvp (one forward-mode pass), double_backward (exact) "
+        "or finite_difference (float32, for any network)",
+        one_of("jvp", "double_backward", "finite_difference"),
     )
     gamma: str = key(
-        "schedule (loss.gamma) or auto (from resolution and batch, corrected by the gradient norms of the run)"
+        "schedule (loss.gamma) or auto (from resolution and batch size, corrected by the "
+        "gradient norms during the run)",
+        one_of("schedule", "auto"),
     )
-    loss: LossConfig = key("what the two networks are trained for", LossConfig)
-    augment: AugmentConfig = key(
-        "changes to the pictures before the discriminator sees them", AugmentConfig
+    loss: LossConfig = node(LossConfig, "adversarial loss and gradient penalties")
+    augment: AugmentConfig = node(AugmentConfig, "augmentation before the discriminator")
+    optim: OptimConfig = node(OptimConfig, "optimizers and learning rates")
+    ema: EmaConfig = node(EmaConfig, "exponential moving average (EMA) of the generator's weights")
+    features: dict[str, Any] = node(dict, "feature network of the evaluation")
+    eval: PeriodicEvaluationConfig = node(
+        PeriodicEvaluationConfig, "evaluation during the run, every eval_kimg"
     )
-    optim: OptimConfig = key("how the weights move", OptimConfig)
-    ema: EmaConfig = key("the averaged generator, which makes the pictures", EmaConfig)
-    features: dict[str, Any] = key("the network that evaluation compares pictures by", dict)
-    eval: PeriodicEvaluationConfig = key("what an evaluation measures", PeriodicEvaluationConfig)
 
 
 @dataclass
 class SampleConfig:
-    """Everything that vgan-sample reads."""
+    """Keys of vgan-sample."""
 
-    ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
-    n: int | None = key("how many pictures; null: 64, or what suits motion and show")
-    seed: int = key("a series of pictures that follows from it")
-    seeds: Any = key("which of the series, by number: 7, 0-15 or [0-15,40]; null: the first n")
+    ckpt: str = key(_CKPT)
+    n: int | None = key("number of images; null: 64, or what suits motion and show", above(0))
+    seed: int = key("seed of the series of images", at_least(0))
+    seeds: Any = key("indices in the series: 7, 0-15 or [0-15,40]; null: the first n")
     label: Any = key(
-        "class by number or name, or several in turn: [cat,dog]; null: picture i has class i modulo their number"
+        "class by number or name, or a list to cycle through: [cat,dog]; null: all classes, by "
+        "the index of the image"
     )
-    truncation: float = key(
-        "1 is the model as trained; towards 0 pictures get cleaner and less varied"
-    )
+    truncation: float = key("scale of z: 1 as trained; lower is less varied", between(0, 1))
     out: str = key(
-        "ends in .png: one grid; .npy or .zip: single pictures; .gif, .webp or .mp4: a film; else a folder of PNG files"
+        ".png: one grid; .npy or .zip: single images; .gif, .webp or .mp4: a film; else a folder "
+        "of PNG files"
     )
     motion: str | None = key(
-        "interpolate (through the pictures), classes (one picture through the labels) or walk (at random)"
+        "film: interpolate (between images), classes (one z, all labels) or walk (random)",
+        one_of("interpolate", "classes", "walk"),
     )
-    frames: int = key("of a film, from one picture to the next")
-    fps: float = key("frames a second of a film")
-    loop: bool = key("the film ends where it begins")
-    tiles: int = key("films side by side in one")
+    frames: int = key("frames from one image of a film to the next", above(0))
+    fps: float = key("frames per second of a film", between(1, 100))
+    loop: bool = key("whether a film returns to its first image")
+    tiles: int = key("films side by side", above(0))
     show: str = key(
-        "pictures, attention (where the generator looks) or patches (what looks fake to the discriminator)"
+        "images, attention (maps of the generator) or patches (logits of the discriminator)",
+        one_of("images", "attention", "patches"),
     )
     query: list[int] | None = key(
-        "show=attention: [row,column] of the pixel that looks; null: the one that attention changed most"
+        "show=attention: [row,column] of the query pixel; null: the pixel attention changed most"
     )
-    columns: int | None = key("of a grid; null: as many as make it nearly square")
-    zoom: int | None = key("times larger in grids and films; null: at least 64 px a picture")
-    batch_size: int = key("pictures a pass")
-    device: str = key("auto, cpu, cuda, cuda:1, mps")
-    precision: str = key(
-        "auto, fp32, tf32, bf16 or fp16; auto is fp32 on a CPU and bf16 on GPUs that multiply it fast"
+    columns: int | None = key("columns of a grid; null: about as many as rows", above(0))
+    zoom: int | None = key(
+        "enlargement in grids and films; null: at least 64 px an image", above(0)
     )
+    batch_size: int = key("images per forward pass", above(0))
+    device: str = key(_DEVICE)
+    precision: str = key(_PRECISION, PRECISION)
 
 
 @dataclass
 class EvalConfig:
-    """Everything that vgan-eval reads."""
+    """Keys of vgan-eval."""
 
-    ckpt: Any = key("a checkpoint file or a run folder (its newest checkpoint), or several: [a,b]")
-    metrics: list[str] = key(
-        "some of fid, kid, is, pr (precision and recall), diversity, classes, copies"
-    )
-    n: int = key("pictures drawn; fid of fewer than 50,000 is no published FID")
+    ckpt: Any = key(f"{_CKPT}, or several: [a,b]")
+    metrics: list[str] = key(_METRICS, METRICS)
+    n: int = key("number of generated images; a published FID needs 50,000", at_least(20))
     repeats: int = key(
-        "evaluations with the seeds seed, seed + 1, ...; their mean and spread are given"
+        "evaluations with the seeds seed, seed + 1, ...; gives mean and deviation", above(0)
     )
-    seed: int = key("the pictures follow from it")
-    features: dict[str, Any] = key(
-        "the network to compare by: auto (the run's), inception, learned or a _target_ of yours",
-        dict,
+    seed: int = key("seed of the generated images", at_least(0))
+    features: dict[str, Any] = node(
+        dict, "feature network: auto (as in the run), inception, learned or a _target_"
     )
-    weights: str | None = key("file of Inception weights, for machines without a network")
-    data: dict[str, Any] = key(
-        "where the pictures lie now, if elsewhere than in training: .path, .root, .cache_dir", dict
+    weights: str | None = key("file of Inception's weights, for machines without internet access")
+    data: dict[str, Any] = node(
+        dict, "new location of the training data, if they moved: .path, .root, .cache_dir"
     )
-    batch_size: int = key("pictures a pass")
-    device: str = key("auto, cpu, cuda, cuda:1, mps")
-    precision: str = key(
-        "of drawing: auto, fp32, tf32, bf16 or fp16; features are always worked out in fp32"
-    )
+    batch_size: int = key("images per forward pass", above(0))
+    device: str = key(_DEVICE)
+    precision: str = key(f"of the generator: {_PRECISION}; features use fp32", PRECISION)
 
 
 @dataclass
 class ExportConfig:
-    """Everything that vgan-export reads."""
+    """Keys of vgan-export."""
 
-    ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
+    ckpt: str = key(_CKPT)
     to: str = key(
-        "onnx, safetensors (weights), pt2 (torch.export), torchscript, or html (a page that draws in the browser)"
+        "onnx, safetensors (weights), pt2 (torch.export), torchscript, html (a page that runs the "
+        "model in the browser) or checkpoint (the newest format, for training)",
+        one_of("onnx", "safetensors", "pt2", "torchscript", "html", "checkpoint"),
     )
-    out: str | None = key("the file, or the folder of to=html; null: named after the checkpoint")
+    out: str | None = key("output file, or folder for to=html; null: named after the checkpoint")
     input: str = key(
-        "z (latents, and one-hot c) or numbers (of vgan-sample's pictures, and labels; torchscript on CPUs only)"
+        "z (latents and one-hot c) or numbers (indices in vgan-sample's series, and labels; "
+        "torchscript on CPUs only)",
+        one_of("z", "numbers"),
     )
-    seed: int = key("input=numbers and to=html: the series that they count")
-    license: str | None = key("under which terms the weights may be used; written into the file")
+    seed: int = key("input=numbers and to=html: seed of the series", at_least(0))
+    license: str | None = key("license of the weights, written into the file")
     runtime: str | None = key(
-        "to=html: the folder dist of the npm package onnxruntime-web; null: fetched by npm, once"
+        "to=html: folder dist of the npm package onnxruntime-web; null: downloaded by npm"
     )
 
 
 @dataclass
 class DemoConfig:
-    """Everything that vgan-demo reads."""
+    """Keys of vgan-demo."""
 
-    ckpt: str = key("a checkpoint file or a run folder (its newest checkpoint)")
-    host: str = key(
-        "the address to answer at; 127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it"
-    )
-    port: int = key("of the address; 0: any free one")
-    open: bool = key("open the page in the browser")
-    seed: int = key("the series that the page's numbers count, as vgan-sample's")
-    batch_size: int = key("pictures a pass, at most 64")
-    device: str = key("auto, cpu, cuda, cuda:1, mps")
-    precision: str = key(
-        "auto, fp32, tf32, bf16 or fp16; auto is fp32 on a CPU and bf16 on GPUs that multiply it fast"
-    )
+    ckpt: str = key(_CKPT)
+    host: str = key("address to listen on: 127.0.0.1 for this machine only, 0.0.0.0 for all")
+    port: int = key("port to listen on; 0: any free one", between(0, 65535))
+    open: bool = key("whether to open the page in the browser")
+    seed: int = key("seed of the series of images, as in vgan-sample", at_least(0))
+    batch_size: int = key("images per forward pass, at most 64", between(1, 64))
+    device: str = key(_DEVICE)
+    precision: str = key(_PRECISION, PRECISION)
 
 
 @dataclass
 class ReportConfig:
-    """Everything that vgan-report reads."""
+    """Keys of vgan-report."""
 
-    run: Any = key("a run folder, or several to compare: [a,b]")
+    run: Any = key("run folder, or several to compare: [a,b]")
     out: str | None = key(
-        "the .html file; null: report.html, in the run folder of one run, here for several"
+        "output .html file; null: report.html, in the run folder if there is only one"
     )
 
 
 @dataclass
 class DataConfig:
-    """Everything that vgan-data reads."""
+    """Keys of vgan-data."""
 
-    do: str = key("info, check or pack; the first word may say it: vgan-data check data=folder ...")
-    sheet: str | None = key(
-        "a .png file for some pictures as training will see them, class by class; null: none"
+    do: str = key(
+        "info, check or pack; may be the first word: vgan-data check data=folder ...",
+        one_of("info", "check", "pack"),
     )
-    data: dict[str, Any] = key("where the pictures come from", dict)
+    sheet: str | None = key(
+        "output .png file with images of each class, as in training; null: none",
+        Rule("must end in .png", lambda v: Path(v).suffix.lower() == ".png"),
+    )
+    data: dict[str, Any] = node(dict, "data set: _target_ and arguments")
 
 
-@dataclass
-class DataNode(DataConfig, TrainConfig):
-    """What vgan-data's options compose into: data sets and experiments set keys of training too, which it leaves unread."""
+def typed(cfg: DictConfig) -> Any:
+    """Return the dataclass instance of a composed config, with interpolations resolved.
+
+    Raises an OmegaConf exception for a mandatory value that is missing.
+    """
+    return OmegaConf.to_object(cfg)
 
 
 def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
-    """(key, explanation) for every explained key of a schema, nested ones too, in their order."""
+    """Return (key, explanation) for every explained key of a schema, nested ones included."""
     pairs = []
     for f in fields(schema):
         if "help" in f.metadata:
             pairs.append((prefix + f.name, f.metadata["help"]))
-        if is_dataclass(f.type) and f.type is not Ramp:
-            pairs += explained_keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        if isinstance(f.type, type) and is_dataclass(f.type) and f.type is not Ramp:
+            pairs += explained_keys(f.type, f"{prefix}{f.name}.")
     return pairs
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
-    """Raise the one-line error of a bad value unless `ok`."""
+    """Raise a UserError `name=value: rule` unless `ok`."""
     if not ok:
         raise UserError(f"{name}={value}: {rule}")
-
-
-def _require_nodes(cfg: Any, schema: type, prefix: str = "") -> None:
-    """That what has keys of its own has not become a plain value, as ema=${seed} makes it."""
-    for f in fields(schema):
-        if get_origin(f.type) is list:
-            require(
-                isinstance(cfg[f.name], (list, ListConfig)),
-                prefix + f.name,
-                cfg[f.name],
-                "must be a list, such as [8,8]",
-            )
-        if is_dataclass(f.type) or f.type == dict[str, Any]:
-            name = prefix + f.name
-            require(
-                hasattr(cfg[f.name], "keys"),
-                name,
-                cfg[f.name],
-                "has keys of its own; give them one by one",
-            )
-            if is_dataclass(f.type):
-                _require_nodes(cfg[f.name], f.type, f"{name}.")  # type: ignore[arg-type]
-
-
-def validate(cfg: Any) -> None:
-    """What the types of a TrainConfig cannot say; raises UserError naming key, value and rule."""
-    _require_nodes(cfg, TrainConfig)
-    for name in (
-        "total_kimg",
-        "batch_size",
-        "tick_kimg",
-        "snapshot_kimg",
-        "checkpoint_kimg",
-        "checkpoint_minutes",
-        "keep_checkpoints",
-        "schedule_kimg",
-    ):
-        require(cfg[name] > 0, name, cfg[name], "must be above 0")
-    require(
-        cfg.total_kimg >= 0.001,
-        "total_kimg",
-        cfg.total_kimg,
-        "must be at least 0.001, which is one image",
-    )
-    if cfg.batch_gpu is not None:
-        require(cfg.batch_gpu > 0, "batch_gpu", cfg.batch_gpu, "must be above 0, or null")
-    require(
-        cfg.watchdog.max_rollbacks >= 0,
-        "watchdog.max_rollbacks",
-        cfg.watchdog.max_rollbacks,
-        "must be 0 or above",
-    )
-    require(
-        cfg.watchdog.max_penalty > 0,
-        "watchdog.max_penalty",
-        cfg.watchdog.max_penalty,
-        "must be above 0",
-    )
-    least = cfg.watchdog.min_diversity
-    require(0 <= least < 1, "watchdog.min_diversity", least, "must be from 0 to below 1")
-    require(cfg.holdout >= 0, "holdout", cfg.holdout, "must be 0 or above")
-    require(cfg.eval_kimg >= 0, "eval_kimg", cfg.eval_kimg, "must be 0 or above")
-    _validate_judge(cfg.eval, "eval.")
-    best, wanted = cfg.eval.best_by, list(cfg.eval.metrics)
-    require(best in BEST_BY, "eval.best_by", best, f"must be one of {', '.join(BEST_BY)}")
-    need = "pr" if best in ("precision", "recall") else best
-    require(need in wanted, "eval.best_by", best, f"needs {need} among eval.metrics={wanted}")
-    for name in ("seed", "threads"):
-        require(cfg[name] >= 0, name, cfg[name], "must be 0 or above")
-    require(
-        cfg.precision in PRECISIONS,
-        "precision",
-        cfg.precision,
-        f"must be one of {', '.join(PRECISIONS)}",
-    )
-    require(
-        cfg.depthwise in ("auto", "torch", "triton"),
-        "depthwise",
-        cfg.depthwise,
-        "must be auto, torch or triton",
-    )
-    require(
-        cfg.depthwise != "triton" or cfg.penalty != "double_backward",
-        "depthwise",
-        "triton",
-        "needs penalty=jvp or finite_difference",
-    )
-    require(cfg.parallel in ("ddp", "fsdp"), "parallel", cfg.parallel, "must be ddp or fsdp")
-    require(
-        cfg.parallel == "ddp" or cfg.precision != "fp16",
-        "parallel",
-        cfg.parallel,
-        "needs bf16, tf32 or fp32; use ddp for fp16",
-    )
-    require(
-        cfg.penalty in PENALTIES, "penalty", cfg.penalty, f"must be one of {', '.join(PENALTIES)}"
-    )
-    require(
-        cfg.gamma in ("schedule", "auto"),
-        "gamma",
-        cfg.gamma,
-        "must be schedule or auto; numbers go into loss.gamma",
-    )
-    if cfg.augment.target is not None:
-        require(
-            -1 < cfg.augment.target < 1,
-            "augment.target",
-            cfg.augment.target,
-            "must be between -1 and 1",
-        )
-    require(
-        cfg.augment.adapt_kimg > 0, "augment.adapt_kimg", cfg.augment.adapt_kimg, "must be above 0"
-    )
-    require(
-        str(cfg.compile).lower() in ("auto", "true", "false"),
-        "compile",
-        cfg.compile,
-        "must be auto, true or false",
-    )
-    require(cfg.size.z_dim > 0, "size.z_dim", cfg.size.z_dim, "must be above 0")
-    require(cfg.size.blocks > 0, "size.blocks", cfg.size.blocks, "must be above 0")
-    for name in ("g_widths", "d_widths"):
-        widths = list(cfg.size[name])
-        require(
-            all(w > 0 and w % 8 == 0 for w in widths),
-            f"size.{name}",
-            widths,
-            "every width must be a positive multiple of 8",
-        )
-    require(
-        cfg.loss.penalty_every > 0, "loss.penalty_every", cfg.loss.penalty_every, "must be above 0"
-    )
-    require(0 <= cfg.optim.beta1 < 1, "optim.beta1", cfg.optim.beta1, "must be in [0, 1)")
-    require(
-        cfg.ema.halflife_kimg >= 0, "ema.halflife_kimg", cfg.ema.halflife_kimg, "must be 0 or above"
-    )
-    bounds = {
-        "loss.gamma": (cfg.loss.gamma, 0, float("inf")),
-        "augment.p": (cfg.augment.p, 0, 1),
-        "optim.lr_G": (cfg.optim.lr_G, 0, float("inf")),
-        "optim.lr_D": (cfg.optim.lr_D, 0, float("inf")),
-        "optim.beta2": (cfg.optim.beta2, 0, 1 - 1e-9),
-    }
-    for name, (ramp, low, high) in bounds.items():
-        for end in ("start", "end"):
-            rule = f"must be from {low} to {high:g}" if high < 1e9 else f"must be {low} or above"
-            require(low <= ramp[end] <= high, f"{name}.{end}", ramp[end], rule)
-
-
-def _validate_judge(cfg: Any, prefix: str) -> None:
-    metrics = list(cfg.metrics)
-    known = bool(metrics) and all(m in METRICS for m in metrics)
-    require(known, f"{prefix}metrics", metrics, f"must be some of {', '.join(METRICS)}")
-    require(cfg.n >= 20, f"{prefix}n", cfg.n, "must be at least 20")
-    require(cfg.repeats > 0, f"{prefix}repeats", cfg.repeats, "must be above 0")
-
-
-def validate_eval(cfg: Any) -> None:
-    """What the types of an EvalConfig cannot say; raises UserError naming key, value and rule."""
-    _validate_judge(cfg, "")
-    require(cfg.batch_size > 0, "batch_size", cfg.batch_size, "must be above 0")
-    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
-    require(
-        cfg.precision in PRECISIONS,
-        "precision",
-        cfg.precision,
-        f"must be one of {', '.join(PRECISIONS)}",
-    )
-
-
-def validate_export(cfg: Any) -> None:
-    """What the types of an ExportConfig cannot say; raises UserError naming key, value and rule."""
-    require(cfg.to in EXPORTS, "to", cfg.to, f"must be one of {', '.join(EXPORTS)}")
-    require(cfg.input in ("z", "numbers"), "input", cfg.input, "must be z or numbers")
-    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
-
-
-def validate_sample(cfg: Any) -> None:
-    """What the types of a SampleConfig cannot say; raises UserError naming key, value and rule."""
-    for name in ("n", "columns", "zoom"):
-        require(cfg[name] is None or cfg[name] > 0, name, cfg[name], "must be above 0, or null")
-    for name in ("batch_size", "frames", "tiles"):
-        require(cfg[name] > 0, name, cfg[name], "must be above 0")
-    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
-    require(
-        cfg.precision in PRECISIONS,
-        "precision",
-        cfg.precision,
-        f"must be one of {', '.join(PRECISIONS)}",
-    )
-    require(0 <= cfg.truncation <= 1, "truncation", cfg.truncation, "must be from 0 to 1")
-    require(1 <= cfg.fps <= 100, "fps", cfg.fps, "must be from 1 to 100")
-    require(
-        cfg.motion in (None, *MOTIONS),
-        "motion",
-        cfg.motion,
-        f"must be one of {', '.join(MOTIONS)}, or null",
-    )
-    require(cfg.show in SHOWN, "show", cfg.show, f"must be one of {', '.join(SHOWN)}")
-    require(cfg.show == "pictures" or cfg.motion is None, "show", cfg.show, "goes with motion=null")
-    require(
-        cfg.loop or cfg.motion != "walk",
-        "loop",
-        cfg.loop,
-        "goes with motion=interpolate or classes; a walk always closes",
-    )
-    for name in ("columns", "zoom"):
-        require(
-            cfg[name] is None or cfg.show == "pictures", name, cfg[name], "goes with show=pictures"
-        )
-    require(
-        cfg.query is None or cfg.show == "attention", "query", cfg.query, "goes with show=attention"
-    )
-
-
-def validate_demo(cfg: Any) -> None:
-    """What the types of a DemoConfig cannot say; raises UserError naming key, value and rule."""
-    require(0 <= cfg.port <= 65535, "port", cfg.port, "must be from 0 to 65535")
-    require(0 < cfg.batch_size <= 64, "batch_size", cfg.batch_size, "must be from 1 to 64")
-    require(cfg.seed >= 0, "seed", cfg.seed, "must be 0 or above")
-    require(
-        cfg.precision in PRECISIONS,
-        "precision",
-        cfg.precision,
-        f"must be one of {', '.join(PRECISIONS)}",
-    )
-
-
-def validate_data(cfg: Any) -> None:
-    """What the types of a DataConfig cannot say; raises UserError naming key, value and rule."""
-    require(cfg.do in ("info", "check", "pack"), "do", cfg.do, "must be info, check or pack")
-    require(
-        hasattr(cfg.data, "keys"), "data", cfg.data, "has keys of its own; give them one by one"
-    )
-    if cfg.sheet is not None:
-        require(cfg.do != "pack", "sheet", cfg.sheet, "is written by info and check; leave it out")
-        require(Path(cfg.sheet).suffix.lower() == ".png", "sheet", cfg.sheet, "must end in .png")
-
-
-def typed(cfg: DictConfig) -> Any:
-    """Return the dataclass instance that a composed config describes."""
-    return OmegaConf.to_object(cfg)

@@ -1,7 +1,7 @@
-"""What the networks look at, as maps over the picture: attention and gates of the generator, verdicts of the discriminator."""
+"""Attention maps and gates of the generator, and patch logits of the discriminator."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,24 +9,28 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from vgan.models.generator import GatedSelfAttention
+from vgan.models.discriminator import Discriminator
+from vgan.models.generator import GatedSelfAttention, GeneratorBase
 from vgan.models.layers import AdaptiveAttention2d
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
-from vgan.runtime.images import to_float, to_uint8
+from vgan.runtime.images import enlarge, to_float, to_uint8
 
-_TILE = 96  # px of a picture in a sheet, at least
-_BAND = 14  # px of a line of text
-_BACK, _INK = (24, 24, 28), (220, 220, 224)
+MAX_POSITIONS = 256  # of the attention layer that a page shows: 16 x 16
+_TILE = 96  # smallest side of an image in a grid, px
+_TEXT = 14  # height of a line of text, px
+_GAP = 4
+_BACKGROUND, _INK, _FRAME = (24, 24, 28), (220, 220, 224), (90, 230, 255)
+_RED, _BLUE = np.array([235.0, 64.0, 52.0]), np.array([56.0, 132.0, 255.0])
 
 
 @dataclass(frozen=True)
-class Look:
-    """One attention layer over N pictures, at h x w positions.
+class AttentionMap:
+    """One attention layer over N images, at h x w positions.
 
-    weights (N, heads, h, w, h, w): where each position (the first two) looks; they sum to 1 over the last two. gates (N, groups,
-    h, w) in (-1, 1) of adaptive attention, otherwise None. effect (N, h, w): how far the layer changed the features of
-    each position.
+    weights (N, heads, h, w, h, w): the attention of each position (the first two) to all others.
+    They sum to 1 over the last two. gates (N, groups, h, w) in (-1, 1) of adaptive attention, else
+    None. effect (N, h, w): how much the layer changed the features of each position.
     """
 
     weights: Tensor
@@ -34,174 +38,176 @@ class Look:
     effect: Tensor
 
     def strongest(self) -> Tensor:
-        """(N, 2) row and column of the position that the layer changed most."""
-        at = self.effect.flatten(1).argmax(1)
-        return torch.stack([at // self.effect.shape[2], at % self.effect.shape[2]], dim=1)
+        """Return (N, 2), row and column of the position that the layer changed most."""
+        position = self.effect.flatten(1).argmax(1)
+        width = self.effect.shape[2]
+        return torch.stack([position // width, position % width], dim=1)
+
+
+def attention_layers(G: nn.Module) -> list[GatedSelfAttention | AdaptiveAttention2d]:
+    """Return the attention layers of a generator, coarse ones first."""
+    return [m for m in G.modules() if isinstance(m, (GatedSelfAttention, AdaptiveAttention2d))]
+
+
+def has_attention(G: nn.Module) -> bool:
+    """Return whether a generator has attention layers."""
+    return bool(attention_layers(G))
 
 
 @torch.no_grad()
-def look(G: nn.Module, z: Tensor, c: Tensor, precision: str = "fp32") -> tuple[Tensor, list[Look]]:
-    """Pictures as uint8 (N, C, H, W), and one Look for each attention layer, coarse ones first.
+def attention_maps(
+    G: GeneratorBase, z: Tensor, c: Tensor, precision: str = "fp32"
+) -> tuple[Tensor, list[AttentionMap]]:
+    """Return uint8 images (N, C, H, W), and one AttentionMap for each layer, coarse ones first.
 
-    Raises UserError for a generator without attention.
+    The maps are on the CPU. Raises UserError if the generator has no attention.
     """
-    looks: list[Look] = []
+    maps: list[AttentionMap] = []
 
-    def record(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, (GatedSelfAttention, AdaptiveAttention2d))
         (x,) = args
-        weights = layer.attention.weights(x).unflatten(3, x.shape[2:]).unflatten(2, x.shape[2:])
-        gates = layer.gates(x).float() if isinstance(layer, AdaptiveAttention2d) else None
-        effect = (
-            (output.float() - x.float()).norm(dim=1)
-            if output.shape == x.shape
-            else output.float().norm(dim=1)
-        )
-        looks.append(
-            Look(weights.float().cpu(), None if gates is None else gates.cpu(), effect.cpu())
-        )
+        size = x.shape[2:]
+        weights = layer.attention.weights(x).unflatten(3, size).unflatten(2, size)
+        gates = layer.gates(x).float().cpu() if isinstance(layer, AdaptiveAttention2d) else None
+        change = output.float()
+        if output.shape == x.shape:
+            change = change - x.float()
+        maps.append(AttentionMap(weights.float().cpu(), gates, change.norm(dim=1).cpu()))
 
-    layers = [m for m in G.modules() if isinstance(m, (GatedSelfAttention, AdaptiveAttention2d))]
-    if not layers:
-        raise UserError(
-            "show=attention: this generator has no attention; train with model=attn or model=adaptive"
-        )
-    hooks = [layer.register_forward_hook(record) for layer in layers]
+    hooks = [layer.register_forward_hook(record) for layer in attention_layers(G)]
+    if not hooks:
+        problem = "show=attention: this generator has no attention"
+        raise UserError(f"{problem}; train with model=attn or model=adaptive")
     try:
         with autocast(z.device, precision):
             images = to_uint8(G(z, c))
     finally:
         for hook in hooks:
             hook.remove()
-    return images, looks
+    return images, maps
 
 
-def has_attention(G: nn.Module) -> bool:
-    """Whether `look` finds something."""
-    return any(isinstance(m, (GatedSelfAttention, AdaptiveAttention2d)) for m in G.modules())
+def finest_attention(G: GeneratorBase) -> tuple[nn.Module, tuple[int, int, int]] | None:
+    """Return the finest attention layer up to MAX_POSITIONS positions, and its (heads, h, w)."""
+    layers = attention_layers(G)
+    if not layers:
+        return None
+    device = next(G.parameters()).device
+    z, c = torch.zeros(1, G.z_dim, device=device), torch.zeros(1, G.label_dim, device=device)
+    for layer, layer_map in zip(reversed(layers), reversed(attention_maps(G, z, c)[1])):
+        heads, h, w = layer_map.weights.shape[1:4]
+        if h * w <= MAX_POSITIONS:
+            return layer, (heads, h, w)
+    return None
 
 
 @torch.no_grad()
-def verdicts(D: nn.Module, images: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
-    """What each place of uint8 pictures (N, C, H, W) adds to the discriminator's verdict: (N, h, w), low where it looks fake."""
+def patch_logits(D: Discriminator, images: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
+    """Return the logit (N, h, w) of each patch of uint8 images (N, C, H, W), low for fakes."""
     with autocast(images.device, precision):
-        return D.logit_map(to_float(images), c).float().cpu()  # type: ignore[operator]
+        return D.logit_map(to_float(images), c).float().cpu()
 
 
-def attention_sheet(
-    images: Tensor, looks: list[Look], query: tuple[float, float] | None = None
+def attention_grid(
+    images: Tensor, maps: Sequence[AttentionMap], query: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """A row for each uint8 picture (N, C, H, W): itself, then where each head of each layer looks from one position, and gates.
+    """Draw a row for each uint8 image (N, C, H, W): the image, then attention and gates.
 
-    query: row and column of that position in pictures' heights and widths, in [0, 1); None takes the one that the layer changed
-    most. Bright is where it looks; the position is framed. Returns (height, width, 3) uint8.
+    The attention is that of one position. query: row and column of that position as fractions of
+    height and width, in [0, 1). None takes the position that the layer changed most. Bright means
+    attended to; the position is framed. Returns (height, width, 3) uint8.
     """
-    titles = ["picture"]
-    columns: list[list[np.ndarray]] = [[_tile(image) for image in images]]
-    for layer in looks:
+    columns = {"image": [_tile(image) for image in images]}
+    for layer in maps:
         h, w = layer.effect.shape[1:]
-        at = (
-            layer.strongest()
-            if query is None
-            else torch.tensor([[int(query[0] * h), int(query[1] * w)]] * len(images))
-        )
+        positions = layer.strongest()
+        if query is not None:
+            positions[:] = torch.tensor([int(query[0] * h), int(query[1] * w)])
         for head in range(layer.weights.shape[1]):
-            titles.append(f"{h} px, head {head + 1}")
-            heats = [layer.weights[i, head, at[i, 0], at[i, 1]] for i in range(len(images))]
-            tiles = [_heated(image, heat / heat.max()) for image, heat in zip(images, heats)]
-            columns.append(
-                [_framed(tile, row, col, h, w) for tile, (row, col) in zip(tiles, at.tolist())]
-            )
-        for group in range(layer.gates.shape[1] if layer.gates is not None else 0):
-            titles.append(f"{h} px, gate {group + 1}")
-            columns.append(
-                [_signed(image, gate) for image, gate in zip(images, layer.gates[:, group])]
-            )  # type: ignore[index]
-    return _sheet(titles, columns)
+            tiles = []
+            for i, (row, column) in enumerate(positions.tolist()):
+                heat = layer.weights[i, head, row, column]
+                tiles.append(_framed(_with_heat(images[i], heat / heat.max()), row, column, h, w))
+            columns[f"{h} px, head {head + 1}"] = tiles
+        groups = () if layer.gates is None else layer.gates.unbind(1)
+        for group, gates in enumerate(groups, start=1):
+            columns[f"{h} px, gate {group}"] = _with_signs(images, gates)
+    return _labelled_grid(columns)
 
 
-def verdict_sheet(images: Tensor, logits: Tensor) -> np.ndarray:
-    """A row for each uint8 picture (N, C, H, W): itself, and over it what looks fake (red) or real (blue) by logits (N, h, w).
+def patch_logits_grid(images: Tensor, logits: Tensor) -> np.ndarray:
+    """Draw a row for each uint8 image (N, C, H, W): the image, then fake parts red, real ones blue.
 
-    Relativistic losses leave the logits' zero undecided, so each place is measured from its mean over the pictures.
+    logits (N, h, w): from `patch_logits`. Relativistic losses leave the zero of the logits
+    undetermined, so that each patch is compared with its mean over the images. Returns (height,
+    width, 3) uint8.
     """
     centred = logits - logits.mean(dim=0 if len(logits) > 1 else (1, 2), keepdim=True)
     scaled = centred / centred.abs().max().clamp_min(1e-12)
-    columns = [
-        [_tile(image) for image in images],
-        [_signed(image, -map_) for image, map_ in zip(images, scaled)],
-    ]
-    return _sheet(["picture", "red: looks fake"], columns)
-
-
-def _side(image: Tensor) -> int:
-    return image.shape[1] * -(-_TILE // image.shape[1])
+    tiles = [_tile(image) for image in images]
+    return _labelled_grid({"image": tiles, "red: looks fake": _with_signs(images, -scaled)})
 
 
 def _tile(image: Tensor) -> np.ndarray:
-    """uint8 (C, H, W) -> (side, side, 3), pixels kept square and sharp."""
-    factor = _side(image) // image.shape[1]
-    picture = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _spread(values: Tensor, side: int) -> np.ndarray:
-    """(h, w) -> (side, side, 1), smooth."""
-    return F.interpolate(
-        values[None, None].float(), (side, side), mode="bilinear", align_corners=False
-    )[0, 0, :, :, None].numpy()
+    """Enlarge uint8 (C, H, W) to (side, side, 3), a whole number of times."""
+    pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    return enlarge(pixels, -(-_TILE // image.shape[1]))
 
 
 def _grey(image: Tensor) -> np.ndarray:
     return _tile(image).astype(np.float32).mean(axis=2, keepdims=True).repeat(3, axis=2)
 
 
-def _heated(image: Tensor, heat: Tensor) -> np.ndarray:
-    """Heat in [0, 1] over the darkened picture, from black through red and yellow to white."""
-    t = _spread(heat.clamp(0, 1), _side(image))
-    colour = 255 * np.concatenate(
-        [np.clip(2.5 * t, 0, 1), np.clip(2.5 * t - 0.9, 0, 1), np.clip(4 * t - 3, 0, 1)], axis=2
-    )
-    return _mixed(0.55 * _grey(image), colour, 0.75 * np.sqrt(t))
+def _smooth(values: Tensor, side: int) -> np.ndarray:
+    """Enlarge (h, w) to (side, side, 1) by bilinear interpolation."""
+    x = values[None, None].float()
+    large = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+    return large[0, 0, :, :, None].numpy()
 
 
-def _signed(image: Tensor, values: Tensor) -> np.ndarray:
-    """Values in [-1, 1] over the picture: blue below 0, red above."""
-    t = _spread(values.clamp(-1, 1), _side(image))
-    colour = np.where(t > 0, np.array([235.0, 64.0, 52.0]), np.array([56.0, 132.0, 255.0]))
-    return _mixed(0.7 * _grey(image), colour, 0.8 * np.sqrt(np.abs(t)))
+def _with_heat(image: Tensor, heat: Tensor) -> np.ndarray:
+    """Draw heat in [0, 1] over the darkened image, from black through red and yellow to white."""
+    grey = _grey(image)
+    t = _smooth(heat.clamp(0, 1), len(grey))
+    channels = [2.5 * t, 2.5 * t - 0.9, 4 * t - 3]
+    colour = 255 * np.concatenate(channels, axis=2).clip(0, 1)
+    return _blend(0.55 * grey, colour, 0.75 * np.sqrt(t))
 
 
-def _mixed(below: np.ndarray, above: np.ndarray, share: np.ndarray) -> np.ndarray:
-    return (below * (1 - share) + above * share).round().clip(0, 255).astype(np.uint8)
+def _with_signs(images: Tensor, values: Tensor) -> list[np.ndarray]:
+    """Draw values (N, h, w) in [-1, 1] over each image: blue below 0, red above."""
+    tiles = []
+    for image, value in zip(images, values):
+        grey = _grey(image)
+        t = _smooth(value.clamp(-1, 1), len(grey))
+        tiles.append(_blend(0.7 * grey, np.where(t > 0, _RED, _BLUE), 0.8 * np.sqrt(np.abs(t))))
+    return tiles
+
+
+def _blend(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    return (below * (1 - opacity) + above * opacity).round().clip(0, 255).astype(np.uint8)
 
 
 def _framed(tile: np.ndarray, row: int, column: int, h: int, w: int) -> np.ndarray:
-    picture = Image.fromarray(tile)
-    dy, dx = tile.shape[0] / h, tile.shape[1] / w
+    image = Image.fromarray(tile)
+    side = len(tile)
+    dy, dx = side / h, side / w
     box = [column * dx, row * dy, (column + 1) * dx - 1, (row + 1) * dy - 1]
-    ImageDraw.Draw(picture).rectangle(
-        box, outline=(90, 230, 255), width=max(1, tile.shape[0] // 96)
-    )
-    return np.asarray(picture)
+    ImageDraw.Draw(image).rectangle(box, outline=_FRAME, width=max(1, side // 96))
+    return np.asarray(image)
 
 
-def _sheet(titles: list[str], columns: list[list[np.ndarray]]) -> np.ndarray:
-    side, rows, gap = columns[0][0].shape[0], len(columns[0]), 4
-    sheet = Image.new(
-        "RGB", (len(columns) * (side + gap) + gap, rows * (side + gap) + gap + _BAND), _BACK
-    )
-    pen = ImageDraw.Draw(sheet)
-    for x, (title, column) in enumerate(zip(titles, columns)):
-        left = gap + x * (side + gap)
-        pen.text(
-            (left + side / 2, 2), title, fill=_INK, anchor="ma", font=ImageFont.load_default(10)
-        )
+def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
+    """Arrange columns of tiles (side, side, 3) under their titles."""
+    tiles = next(iter(columns.values()))
+    side = len(tiles[0])
+    size = (len(columns) * (side + _GAP) + _GAP, len(tiles) * (side + _GAP) + _GAP + _TEXT)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for x, (title, column) in enumerate(columns.items()):
+        left = _GAP + x * (side + _GAP)
+        pen.text((left + side / 2, 2), title, fill=_INK, anchor="ma", font=font)
         for y, tile in enumerate(column):
-            sheet.paste(Image.fromarray(tile), (left, _BAND + gap + y * (side + gap)))
+            sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (side + _GAP)))
     return np.asarray(sheet)
-
-
-attention_maps = look
-patch_logits = verdicts
-attention_grid = attention_sheet
-patch_logits_grid = verdict_sheet

@@ -1,41 +1,115 @@
-"""Ways through the latent space: a latent and a class vector for every frame of a film."""
+"""Latents and labels by seed and image number, their images, and paths through latent space."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vgan.models.generator import GeneratorBase
+from vgan.runtime.device import autocast
+from vgan.runtime.images import to_uint8
 from vgan.runtime.rng import normal
 
 
-def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """From a (N, d) at t = 0 to b (N, d) at t = 1, for t (T,): (T, N, d), turning at a steady rate.
+def latents(
+    G: GeneratorBase,
+    index: Tensor,
+    seed: int,
+    label: int | Tensor | None = None,
+    truncation: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return z (N, z_dim) and one-hot c (N, label_dim) of images `index` (N,) of a seed.
 
-    The direction turns on the sphere and the length goes in a straight line, so that what lies between two draws from N(0, I) has
-    the length of such draws; a straight line would pass near 0, where the model was never trained (White 2016).
+    They are on G's device. label: one class for all, one for each (N,), or None for class i modulo
+    label_dim for image i. truncation scales z towards 0, where the input of the first layer is at
+    its mean for that class.
+    """
+    device = next(G.parameters()).device
+    index = index.to(device)
+    z = normal(seed, "sample", index, G.z_dim) * truncation
+    if not G.label_dim:
+        return z, z.new_zeros(len(z), 0)
+    if label is None:
+        classes = index % G.label_dim
+    else:
+        classes = torch.as_tensor(label, device=device).expand(len(index))
+    return z, F.one_hot(classes, G.label_dim).float()
+
+
+@torch.no_grad()
+def render(G: GeneratorBase, z: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
+    """Return uint8 images (N, C, H, W) on G's device from z (N, z_dim) and c (N, label_dim)."""
+    with autocast(z.device, precision):
+        return to_uint8(G(z, c))
+
+
+def draw(
+    G: GeneratorBase,
+    index: Tensor,
+    seed: int,
+    label: int | Tensor | None = None,
+    truncation: float = 1.0,
+    precision: str = "fp32",
+) -> Tensor:
+    """Return the images `index` (N,) of a seed as uint8 (N, C, H, W) on G's device.
+
+    The arguments are those of `latents`. An image depends on the seed and its number. The batch
+    size may change how single values are rounded.
+    """
+    return render(G, *latents(G, index, seed, label, truncation), precision)
+
+
+def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield each batch on the CPU. From a GPU, a batch is copied while the next one is computed."""
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for images in batches:
+        if images.device.type != "cuda":
+            yield images.cpu()
+            continue
+        host = torch.empty_like(images, device="cpu", pin_memory=True)
+        host.copy_(images, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        if waiting:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = host, copied
+    if waiting:
+        waiting[1].synchronize()
+        yield waiting[0]
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Interpolate spherically from a (N, d) at t = 0 to b (N, d) at t = 1.
+
+    t: (T,). Returns (T, N, d). The direction turns at a constant rate and the length changes
+    linearly. Points between two draws from N(0, I) then have the length of such draws. A straight
+    line would pass near 0, where the model was not trained (White 2016).
     """
     length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
-    u, v = (x / length.clamp_min(1e-12) for x, length in ((a, length_a), (b, length_b)))
-    # of the half chords, not of the cosine: exact for directions that lie close together too
+    u, v = a / length_a.clamp_min(1e-12), b / length_b.clamp_min(1e-12)
+    # From the half chords, not from the cosine: that is exact for close directions too.
     angle = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))
     t = t[:, None, None].to(a)
     sine = angle.sin()
-    close = sine < 1e-4  # also opposite directions, between which no shortest way is the only one
+    close = sine < 1e-4  # also for opposite directions, which have no unique shortest arc
     turned = (torch.sin((1 - t) * angle) * u + torch.sin(t * angle) * v) / sine.where(~close, 1.0)
     direction = torch.where(close, (1 - t) * u + t * v, turned)
     return direction * ((1 - t) * length_a + t * length_b)
 
 
 def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """The straight line from a (N, d) to b (N, d) at t (T,): (T, N, d)."""
+    """Interpolate linearly from a (N, d) to b (N, d) at t (T,). Returns (T, N, d)."""
     t = t[:, None, None].to(a)
     return (1 - t) * a + t * b
 
 
 @dataclass(frozen=True)
 class Film:
-    """What `tiles` pictures side by side show in every frame: z (T, tiles, z_dim) and c (T, tiles, label_dim)."""
+    """Inputs of T frames of `tiles` images: z (T, tiles, z_dim) and c (T, tiles, label_dim)."""
 
     z: Tensor
     c: Tensor
@@ -44,35 +118,40 @@ class Film:
         return len(self.z)
 
 
-def through(z: Tensor, c: Tensor, tiles: int, frames: int, loop: bool) -> Film:
-    """From each picture to the next: z (N, z_dim) by slerp, c (N, label_dim) in straight lines, `frames` a step.
+def interpolate(z: Tensor, c: Tensor, tiles: int, frames: int, loop: bool) -> Film:
+    """Move from each image to the next: z (N, z_dim) by slerp, c (N, label_dim) linearly.
 
-    The N pictures are shared out among the tiles in their order; N must be a multiple of tiles. With loop the last one leads back
-    to the first; without, it is the last frame.
+    Each step has `frames` frames. The tiles get equal shares of the N images, in order; N must be a
+    multiple of tiles. With loop, the last image is followed by the first; otherwise it is the last
+    frame.
     """
-    z, c = (x.unflatten(0, (tiles, -1)).transpose(0, 1) for x in (z, c))  # (stops, tiles, d)
-    stops = len(z)
+    stops_z = z.unflatten(0, (tiles, -1)).transpose(0, 1)  # (stops, tiles, d)
+    stops_c = c.unflatten(0, (tiles, -1)).transpose(0, 1)
+    stops = len(stops_z)
     steps = stops if loop and stops > 1 else stops - 1
     t = torch.arange(frames, device=z.device) / frames
-    parts_z = [slerp(z[i], z[(i + 1) % stops], t) for i in range(steps)]
-    parts_c = [lerp(c[i], c[(i + 1) % stops], t) for i in range(steps)]
+    frames_z, frames_c = [], []
+    for i in range(steps):
+        after = (i + 1) % stops
+        frames_z.append(slerp(stops_z[i], stops_z[after], t))
+        frames_c.append(lerp(stops_c[i], stops_c[after], t))
     if steps < stops:
-        parts_z.append(z[-1:])
-        parts_c.append(c[-1:])
-    return Film(torch.cat(parts_z), torch.cat(parts_c))
+        frames_z.append(stops_z[-1:])
+        frames_c.append(stops_c[-1:])
+    return Film(torch.cat(frames_z), torch.cat(frames_c))
 
 
 def walk(z_dim: int, c: Tensor, seed: int, index: Tensor, steps: int, frames: int) -> Film:
-    """A smooth random walk for each picture `index` (tiles,), of class c (tiles, d), that closes after steps * frames frames.
+    """Take a smooth random walk for each image `index` (tiles,) with c (tiles, d).
 
-    Sums of waves with normal amplitudes: z(t) = sum_k (a_k cos 2 pi k t + b_k sin 2 pi k t) / sqrt(K), K = ceil(steps / 4).
-    Every frame is distributed as N(0, I), the model's own input, and a quarter of the fastest wave takes it to something new.
+    It closes after steps * frames frames. z is a sum of waves with normal amplitudes: z(t) = sum_k
+    (a_k cos 2 pi k t + b_k sin 2 pi k t) / sqrt(K), with K = ceil(steps / 4). Every frame is
+    distributed as N(0, I). A quarter of the fastest wave is enough for a different image.
     """
     waves = math.ceil(steps / 4)
-    a, b = (
-        normal(seed, f"walk {name}", index, waves * z_dim).unflatten(1, (waves, z_dim))
-        for name in ("cosine", "sine")
-    )  # (tiles, waves, z_dim)
+    shape = (waves, z_dim)
+    a = normal(seed, "walk cosine", index, waves * z_dim).unflatten(1, shape)  # (tiles, *shape)
+    b = normal(seed, "walk sine", index, waves * z_dim).unflatten(1, shape)
     t = torch.arange(steps * frames, device=index.device) / (steps * frames)
     phase = 2 * math.pi * t[:, None] * torch.arange(1, waves + 1, device=index.device)  # (T, waves)
     z = torch.einsum("tk,nkd->tnd", phase.cos(), a) + torch.einsum("tk,nkd->tnd", phase.sin(), b)

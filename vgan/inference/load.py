@@ -1,212 +1,151 @@
-"""From a checkpoint to a generator, and from a generator to pictures."""
+"""Networks from checkpoints and from exported safetensors files."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
+import vgan
+from vgan.models.discriminator import Discriminator
+from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
-from vgan.runtime.device import autocast, pick_device, pick_precision
+from vgan.runs.log_reader import read_metrics
+from vgan.runtime.device import pick_device, pick_precision
 from vgan.runtime.errors import UserError
-from vgan.runtime.images import to_uint8
 from vgan.runtime.instantiate import construct_own
-from vgan.runtime.rng import normal
+from vgan.runtime.renamed import upgrade_config
 
 
-def load_generator(ckpt: str | Path, device: str = "auto") -> nn.Module:
-    """The generator with averaged weights (EMA) of a checkpoint file or of a run folder's newest checkpoint.
+def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
+    """Return the generator with averaged weights (EMA) of a checkpoint file or run folder.
 
-    G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N, img_channels,
-    img_resolution, img_resolution) float32, black to white in [-1, 1]. In evaluation mode, without gradients for the
-    weights; G.label_names names the classes. Reads what vgan-export to=safetensors wrote too. Raises UserError where there is no
-    readable checkpoint.
+    G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N,
+    img_channels, img_resolution, img_resolution) float32, black to white in [-1, 1]. G is in
+    evaluation mode and its weights have no gradients. G.label_names names the classes. Files
+    written by vgan-export to=safetensors can be read too.
+
+    Raises UserError if there is no readable checkpoint.
     """
-    if Path(ckpt).suffix.lower() == ".safetensors":
-        return restore_generator(_read_safetensors(Path(ckpt).expanduser()), pick_device(device))
-    return restore_generator(checkpoint.load_newest(ckpt)[1], pick_device(device))
+    path = Path(ckpt).expanduser()
+    if not path.is_dir() and not checkpoint.is_checkpoint(path):
+        state = read_safetensors(path)
+    else:
+        state = checkpoint.load_newest(ckpt)[1]
+    return restore_generator(state, pick_device(device))
 
 
-def load_discriminator(ckpt: str | Path, device: str = "auto") -> nn.Module:
-    """The discriminator of a checkpoint, as `load_generator` its generator.
+def load_discriminator(ckpt: str | Path, device: str = "auto") -> Discriminator:
+    """Return the discriminator of a checkpoint or of a run folder's newest checkpoint.
 
-    D(x (N, C, H, W) in [-1, 1], c (N, label_dim) one-hot) -> logits (N, 1, h, w). Raises UserError as `load_generator`.
+    D(x (N, C, H, W) in [-1, 1], c (N, label_dim) one-hot) -> logits (N, 1, h, w). Raises UserError
+    if there is no readable checkpoint.
     """
     return restore_discriminator(checkpoint.load_newest(ckpt)[1], pick_device(device))
 
 
-def restore_generator(parts: dict[str, Any], device: torch.device) -> nn.Module:
-    """The same from the parts of a checkpoint, which may say anything: memory is taken for the weights that it holds alone."""
-    G = _restore(parts, "generator", "G_ema", build_generator)
+def restore_generator(state: Mapping[str, Any], device: torch.device) -> GeneratorBase:
+    """Build the generator of a checkpoint's state. Nothing in the state is trusted."""
+    G: GeneratorBase = _restore(state, "generator", "G_ema")
     try:
-        G.label_names = tuple(map(str, parts["data"]["labels"]))  # type: ignore[assignment]
+        G.label_names = tuple(map(str, state["data"]["labels"]))
     except (TypeError, LookupError) as e:
-        raise UserError(f"ckpt: names no classes ({e}); use an intact one") from e
-    return G.to(device).to(memory_format=torch.channels_last)
+        raise UserError(f"ckpt: has no class names ({e}); use an intact checkpoint") from e
+    return G.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def restore_discriminator(parts: dict[str, Any], device: torch.device) -> nn.Module:
-    """Likewise the discriminator."""
-    return (
-        _restore(parts, "discriminator", "D", build_discriminator)
-        .to(device)
-        .to(memory_format=torch.channels_last)
-    )
+def restore_discriminator(state: Mapping[str, Any], device: torch.device) -> Discriminator:
+    """Build the discriminator of a checkpoint's state. Nothing in the state is trusted."""
+    D: Discriminator = _restore(state, "discriminator", "D")
+    return D.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _restore(
-    parts: dict[str, Any], kind: str, key: str, make: Callable[[Any, Any], nn.Module]
-) -> nn.Module:
-    fix = "ckpt: its weights do not fit the network it describes ({}); use an intact one"
+def _restore(state: Mapping[str, Any], kind: str, key: str) -> Any:
+    problem = "ckpt: its weights do not fit the network it describes ({}); use an intact checkpoint"
     try:
-        model, sizes, weights = parts["config"]["model"], parts["sizes"], parts[key]
-        _refuse_giants(model[kind], len(weights))
-        with torch.device("meta"):  # shapes without memory
-            network = make(model, sizes)
+        node, sizes, weights = state["config"]["model"][kind], state["sizes"], state[key]
+        _check_sizes(node, len(weights))
+        with torch.device("meta"):  # no memory is allocated for what the checkpoint describes
+            network = construct_own(node, f"model.{kind}", sizes)
         network.load_state_dict(weights, assign=True)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
-        raise UserError(fix.format(str(e).splitlines()[0] if str(e) else type(e).__name__)) from e
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(problem.format(reason)) from e
     if any(not isinstance(w, Tensor) or w.is_meta for w in network.state_dict().values()):
-        raise UserError(fix.format("some are missing"))
+        raise UserError(problem.format("some are missing"))
     return network.eval().requires_grad_(False)
 
 
-def save_safetensors(G: nn.Module, told: dict[str, str]) -> bytes:
-    """The weights, with what is told of them; `load_generator` needs model, sizes and labels there."""
-    try:
-        from safetensors.torch import save
-    except ModuleNotFoundError as e:
-        raise UserError(
-            "to=safetensors: needs the package safetensors; pip install vgan[export]"
-        ) from e
-    return save(
-        {name: weight.contiguous() for name, weight in G.state_dict().items()}, metadata=told
-    )
+def _check_sizes(node: Mapping[str, Any], weights: int) -> None:
+    """Raise ValueError for sizes that would build more layers than there are weights."""
+    for name, value in node.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        limit = weights if name == "blocks" else 1_000_000
+        known = [n for n in numbers if isinstance(n, (int, float))]
+        if len(numbers) > 100 or not all(0 <= n <= limit for n in known):
+            raise ValueError(f"{name}={value}")
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The parts that a generator is made of."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as e:
-        raise UserError(f"{path}: needs the package safetensors; pip install vgan[export]") from e
+def metadata(path: Path, state: Mapping[str, Any], license: str | None) -> dict[str, str]:
+    """Return what describes the weights, as text: the network, its origin and its last metrics."""
+    config, sizes, data = state["config"], state["sizes"], state["data"]
+    colours = "RGB" if sizes["img_channels"] == 3 else "grey"
+    information = {
+        "format": "vgan generator",
+        "vgan": vgan.__version__,
+        "model": json.dumps(config["model"]["generator"]),
+        "sizes": json.dumps(sizes),
+        "labels": json.dumps(list(data["labels"])),
+        "data": json.dumps({key: data[key] for key in ("name", "digest")}),
+        "images_seen": str(state["cur_nimg"]),
+        "range": f"images in [-1, 1], black to white, {colours}; z ~ N(0, I)",
+        "config": json.dumps(config),
+        "license": license or "not stated",
+    }
+    for line in read_metrics(path.parent):
+        if line.get("cur_nimg") == state["cur_nimg"]:
+            information["metrics"] = json.dumps(line)  # the last one is kept
+    return information
+
+
+def save_safetensors(G: GeneratorBase, metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file. `load_generator` needs what `metadata` returns."""
+    weights = {name: weight.contiguous() for name, weight in G.state_dict().items()}
+    return save(weights, metadata=metadata)
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Return what `restore_generator` needs from a file of `save_safetensors`.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-        model, sizes, labels = (json.loads(told[name]) for name in ("model", "sizes", "labels"))
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        model, sizes, labels = (json.loads(metadata[key]) for key in ("model", "sizes", "labels"))
     except (SafetensorError, ValueError, LookupError, RecursionError) as e:
-        raise UserError(
-            f"{path}: not a generator that vgan-export wrote ({e}); use an intact one"
-        ) from e
+        problem = f"not a generator that vgan-export wrote ({e})"
+        raise UserError(f"{path}: {problem}; use an intact file") from e
     except OSError as e:
-        raise UserError(
-            f"{path}: cannot be read ({e.strerror or e}); check name and permissions"
-        ) from e
+        reason = e.strerror or e
+        raise UserError(f"{path}: cannot be read ({reason}); check name and permissions") from e
     return {
-        "config": {"model": {"generator": model}},
+        "config": upgrade_config({"model": {"generator": model}}),
         "sizes": sizes,
         "data": {"labels": labels},
         "G_ema": weights,
     }
 
 
-def _refuse_giants(node: Any, weights: int) -> None:
-    """Raise ValueError for numbers that would build more layers than there are weights."""
-    for name, value in node.items():
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        limit = weights if name == "blocks" else 1_000_000
-        if len(numbers) > 100 or any(
-            isinstance(n, (int, float)) and not 0 <= n <= limit for n in numbers
-        ):
-            raise ValueError(f"{name}={value}")
-
-
 def drawing_precision(name: str, device: torch.device) -> str:
-    """'auto' is not bf16 on CPUs that have it: the same checkpoint gives the same pictures on all of them."""
-    return "fp32" if name == "auto" and device.type == "cpu" else pick_precision(name, device)
-
-
-def latents(
-    G: nn.Module,
-    index: Tensor,
-    seed: int,
-    label: int | Tensor | None = None,
-    truncation: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """z (N, G.z_dim) and one-hot c (N, G.label_dim) of pictures number `index` (N,) of a seed, on G's device.
-
-    label: one class for all, one for each (N,), or None for class i modulo their number for picture i. truncation scales z
-    towards 0. There the first layer's input (z, class embedding) is at its mean for that class.
-    """
-    device = next(G.parameters()).device
-    index = index.to(device)
-    z = normal(seed, "sample", index, G.z_dim) * truncation  # type: ignore[arg-type]
-    if label is None:
-        classes = index % (G.label_dim or 1)  # type: ignore[operator]
-    else:
-        classes = torch.as_tensor(label, device=device).expand(len(index))
-    c = (
-        torch.nn.functional.one_hot(classes, G.label_dim).float()
-        if G.label_dim
-        else z.new_zeros(len(z), 0)
-    )  # type: ignore[arg-type]
-    return z, c
-
-
-@torch.no_grad()
-def render(G: nn.Module, z: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
-    """uint8 (N, C, H, W) on G's device from z (N, z_dim) and c (N, label_dim)."""
-    with autocast(z.device, precision):
-        return to_uint8(G(z, c))
-
-
-def draw(
-    G: nn.Module,
-    index: Tensor,
-    seed: int,
-    label: int | Tensor | None = None,
-    truncation: float = 1.0,
-    precision: str = "fp32",
-) -> Tensor:
-    """Pictures number `index` (N,) of a seed as uint8 (N, C, H, W) on G's device: each depends on (seed, its number) alone,
-    but for single values rounded otherwise in another batch size.
-
-    label and truncation as in `latents`.
-    """
-    return render(G, *latents(G, index, seed, label, truncation), precision)
-
-
-def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Each batch in the host's memory. From a GPU it comes one batch late, copied while the next one is made."""
-    waiting: tuple[Tensor, torch.cuda.Event] | None = None
-    for images in batches:
-        if images.device.type != "cuda":
-            yield images.cpu()
-            continue
-        host = torch.empty_like(images, device="cpu", pin_memory=True).copy_(
-            images, non_blocking=True
-        )
-        done = torch.cuda.Event()
-        done.record()
-        if waiting:
-            waiting[1].synchronize()
-            yield waiting[0]
-        waiting = host, done
-    if waiting:
-        waiting[1].synchronize()
-        yield waiting[0]
-
-
-def build_generator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    """The generator that a checkpoint describes, if it is one of vgan's."""
-    return construct_own(model["generator"], "model.generator", sizes)
-
-
-def build_discriminator(model: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    """The discriminator that a checkpoint describes, if it is one of vgan's."""
-    return construct_own(model["discriminator"], "model.discriminator", sizes)
+    """Resolve 'auto' for drawing: fp32 on every CPU, so that all of them draw the same images."""
+    if name == "auto" and device.type == "cpu":
+        return "fp32"
+    return pick_precision(name, device)

@@ -1,122 +1,189 @@
-"""Films as GIF, WebP and MP4, from uint8 frames, the same bytes for the same frames."""
+"""Image and film files: PNG, npy, zip, GIF, WebP and MP4. The same images give the same bytes."""
 
 import io
+import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from vgan.runtime.console import progress_bar
 from vgan.runtime.errors import UserError
-from vgan.runtime.files import write_atomically
+from vgan.runtime.files import PngWriter, png_bytes, write_atomically, write_png
+from vgan.runtime.images import enlarge, grid
 
-KINDS = (".gif", ".webp", ".mp4")
-_MOST_PX = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # a side
-_PALETTE_FRAMES = 16  # of which the colours of a GIF are chosen
+STILLS = (".png", ".npy", ".zip")
+FILMS = (".gif", ".webp", ".mp4")
+_MAX_PX = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # of a side
+_PALETTE_FRAMES = 16  # frames from which the colours of a GIF are chosen
 
 
-def require_writer(path: Path) -> None:
-    """Raise UserError where the library for that kind is missing; before hours of drawing."""
-    if path.suffix.lower() == ".mp4":
+def write_images(
+    out: Path, numbers: Sequence[int], batches: Iterable[Tensor], zoom: int, columns: int | None
+) -> None:
+    """Write batches of uint8 images (N, C, H, W) in the format of the file name, or into a folder.
+
+    .png: one grid. .npy: an array (N, H, W, C). .zip: PNG files. numbers: the image numbers, which
+    name single files. Raises UserError if the output cannot be written.
+    """
+    kind = "" if out.is_dir() else out.suffix.lower()
+    names = _file_names(numbers)
+    batches = _with_progress(batches, len(numbers))
+    if kind == ".png":
+        write_png(out, enlarge(grid(torch.cat(list(batches)), columns), zoom))
+    elif kind == ".npy":
+        with _open_atomically(out) as file:
+            _write_array(file, len(numbers), batches)
+    elif kind == ".zip":
+        with _open_atomically(out) as file, zipfile.ZipFile(file, "w") as archive:
+            for image in chain.from_iterable(batches):
+                entry = zipfile.ZipInfo(next(names))  # without the time of day
+                archive.writestr(entry, png_bytes(grid(image[None])))
+    else:
+        with PngWriter() as writer:
+            for images in batches:
+                paths = [out / name for name in islice(names, len(images))]
+                writer.write(paths, images.permute(0, 2, 3, 1).numpy())
+
+
+def collect(batches: Iterable[Tensor], total: int) -> Tensor:
+    """Concatenate batches of `total` images in all, with a progress bar."""
+    return torch.cat(list(_with_progress(batches, total)))
+
+
+def _with_progress(batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
+    with progress_bar(total, "drawing") as bar:
+        for images in batches:
+            yield images
+            bar.update(len(images))
+
+
+def _file_names(numbers: Sequence[int]) -> Iterator[str]:
+    """Yield 000007.png, and 000007-2.png if a number comes again, such as with another class."""
+    seen: Counter[int] = Counter()
+    for number in numbers:
+        seen[number] += 1
+        suffix = f"-{seen[number]}" if seen[number] > 1 else ""
+        yield f"{number:06d}{suffix}.png"
+
+
+def _write_array(file: IO[bytes], count: int, batches: Iterable[Tensor]) -> None:
+    """Write an .npy file of uint8 (count, H, W, C) batch by batch."""
+    header = None
+    for images in batches:
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        if header is None:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *pixels.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(pixels.tobytes())
+
+
+@contextmanager
+def _open_atomically(out: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that is renamed to `out` on success."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, out)
+    except OSError as e:
+        fix = "free space or choose another folder"
+        raise UserError(f"out={out}: cannot be written ({e.strerror}); {fix}") from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def require_film_writer(out: Path) -> None:
+    """Raise UserError if the library for the film format is missing, before images are drawn."""
+    if out.suffix.lower() == ".mp4":
         try:
             import av  # noqa: F401
         except ModuleNotFoundError as e:
-            raise UserError(
-                f"out={path}: mp4 needs PyAV; pip install vgan[video], or give a name ending in .webp or .gif"
-            ) from e
+            fix = "pip install vgan[video], or give a name ending in .webp or .gif"
+            raise UserError(f"out={out}: mp4 needs PyAV; {fix}") from e
 
 
-def require_size(path: Path, height: int, width: int) -> None:
-    """Raise UserError for frames that the kind cannot hold."""
-    most = _MOST_PX[path.suffix.lower()]
-    if max(height, width) > most:
-        fix = "give a smaller zoom, or fewer tiles or columns"
-        raise UserError(
-            f"out={path}: frames of {width} x {height} px are larger than {path.suffix[1:]} allows ({most} px); {fix}"
-        )
+def require_film_size(out: Path, height: int, width: int) -> None:
+    """Raise UserError if frames are larger than the film format allows."""
+    kind = out.suffix.lower()
+    if max(height, width) > _MAX_PX[kind]:
+        problem = f"frames of {width} x {height} px are larger than {kind[1:]} allows"
+        fix = "use a smaller zoom, or fewer tiles or columns"
+        raise UserError(f"out={out}: {problem} ({_MAX_PX[kind]} px); {fix}")
 
 
-def write_movie(path: Path, frames: np.ndarray, fps: float, zoom: int = 1) -> None:
-    """uint8 frames (T, H, W) or (T, H, W, 3), `zoom` times larger, as the kind that the name ends in; whole or not there.
+def write_film(path: Path, frames: np.ndarray, fps: float, zoom: int = 1) -> None:
+    """Write uint8 frames (T, H, W) or (T, H, W, 3), enlarged `zoom` times, as .gif, .webp or .mp4.
 
-    GIF has 256 colours, chosen once for the whole film so that it does not flicker, and shows a frame for a multiple of 10 ms.
-    WebP is without loss, MP4 is H.264 at a quality where pictures look the same. Raises UserError if it cannot be written.
+    GIF has 256 colours, chosen once for the whole film to avoid flicker, and frame durations in
+    multiples of 10 ms. WebP is lossless. MP4 is H.264 without visible loss. Raises UserError if the
+    file cannot be written.
     """
     kind = path.suffix.lower()
-    enlarged = (frame.repeat(zoom, axis=0).repeat(zoom, axis=1) for frame in frames)
+    enlarged = (enlarge(frame, zoom) for frame in frames)
     if kind == ".mp4":
-        content = _mp4(enlarged, fps)
+        content = _encode_mp4(enlarged, fps)
     else:
-        pictures: Iterable[Image.Image] = map(Image.fromarray, enlarged)
-        # browsers show a GIF of less than 20 ms a frame at 100 ms
-        options = {
-            "duration": max(2, round(100 / fps)) * 10 if kind == ".gif" else round(1000 / fps),
-            "loop": 0,
-        }
+        images: Iterator[Image.Image] = map(Image.fromarray, enlarged)
+        options: dict[str, Any] = {"duration": round(1000 / fps), "lossless": True, "quality": 50}
         if kind == ".gif":
-            pictures = _with_one_palette(pictures, frames)
-        else:
-            options |= {"lossless": True, "quality": 50}
-        waiting, buffer = iter(pictures), io.BytesIO()
-        next(waiting).save(
-            buffer, format=kind[1:].upper(), save_all=True, append_images=waiting, **options
-        )  # type: ignore[arg-type]
+            images = _with_one_palette(images, frames)
+            # Browsers show frames of less than 20 ms at 100 ms.
+            options = {"duration": max(2, round(100 / fps)) * 10}
+        options |= {"save_all": True, "append_images": images, "loop": 0}
+        buffer = io.BytesIO()
+        next(images).save(buffer, format=kind[1:].upper(), **options)
         content = buffer.getvalue()
     write_atomically(path, content)
 
 
-def _with_one_palette(pictures: Iterable[Image.Image], frames: np.ndarray) -> Iterator[Image.Image]:
-    chosen = frames[
-        np.linspace(0, len(frames) - 1, min(len(frames), _PALETTE_FRAMES)).round().astype(int)
-    ]
-    palette = (
-        Image.fromarray(np.concatenate(chosen))
-        .convert("RGB")
-        .quantize(256, Image.Quantize.MEDIANCUT)
-    )
-    for picture in pictures:
-        yield picture.convert("RGB").quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+def _with_one_palette(images: Iterable[Image.Image], frames: np.ndarray) -> Iterator[Image.Image]:
+    """Quantize to 256 colours that are chosen from evenly spaced frames."""
+    count = min(len(frames), _PALETTE_FRAMES)
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    source = Image.fromarray(np.concatenate(list(chosen))).convert("RGB")
+    palette = source.quantize(256, Image.Quantize.MEDIANCUT)
+    for image in images:
+        yield image.convert("RGB").quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
-def _mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # a buffer will not do: the index is moved to the front at the end
-        path = Path(folder, "film.mp4")
-        _encode(path, frames, fps)
-        return path.read_bytes()
-
-
-def _encode(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
+def _encode_mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
     import av
 
-    with av.open(
-        str(path), mode="w", options={"movflags": "faststart", "fflags": "+bitexact"}
-    ) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        # One thread, for how many there are would change the bytes; without macroblock trees, which did so from call to call.
-        stream.options = {
-            "crf": "14",
-            "preset": "slow",
-            "x264-params": "mbtree=0",
-            "flags": "+bitexact",
-        }
-        stream.codec_context.thread_count, stream.pix_fmt = 1, "yuv420p"
-        for frame in frames:
-            picture = frame if frame.ndim == 3 else frame[:, :, None].repeat(3, axis=2)
-            even = (
-                (0, picture.shape[0] % 2),
-                (0, picture.shape[1] % 2),
-                (0, 0),
-            )  # H.264 has colours at half the resolution
-            picture = np.pad(picture, even, mode="edge")
-            if not stream.codec_context.is_open:
-                stream.height, stream.width = picture.shape[:2]
-            container.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                )
-            )
-        container.mux(stream.encode())
+    # A file, not a buffer: at the end the index is moved to its front.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "film.mp4")
+        options = {"movflags": "faststart", "fflags": "+bitexact"}
+        with av.open(str(path), mode="w", options=options) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            # The bytes would depend on the number of threads, and vary with macroblock trees.
+            stream.codec_context.thread_count = 1
+            stream.options = {
+                "crf": "14",
+                "preset": "slow",
+                "x264-params": "mbtree=0",
+                "flags": "+bitexact",
+            }
+            stream.pix_fmt = "yuv420p"
+            for frame in frames:
+                pixels = frame if frame.ndim == 3 else frame[:, :, None].repeat(3, axis=2)
+                # H.264 halves the resolution of colours, so that sides must be even.
+                odd = ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0))
+                pixels = np.ascontiguousarray(np.pad(pixels, odd, mode="edge"))
+                if not stream.codec_context.is_open:
+                    stream.height, stream.width = pixels.shape[:2]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        return path.read_bytes()

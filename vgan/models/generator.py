@@ -80,12 +80,13 @@ def attention_layer(kind: str, channels: int) -> nn.Module:
 
 
 class GeneratorBase(nn.Module):
-    """A network from latents and one-hot classes to images."""
+    """A network from z (N, z_dim) and one-hot c (N, label_dim) to images (N, C, H, W) in [-1, 1]."""
 
     z_dim: int
     label_dim: int
     img_resolution: int
     img_channels: int
+    label_names: tuple[str, ...]  # set when a checkpoint is loaded
 
 
 class Generator(GeneratorBase):

@@ -1,191 +1,278 @@
-"""Checkpoints: named parts of plain containers and tensors, written whole or not at all, verified, read without running code."""
+"""Checkpoints: nested dicts of tensors and plain values in safetensors files.
+
+Tensors are stored under their path, such as "G_ema/input.basis", and can be read by other tools.
+The nesting and all plain values are one JSON text in the metadata of the file, beside the number of
+the format and a SHA-256 of everything.
+"""
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
-import pickle
-import pickletools
 import re
 import shutil
-import struct
-import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from vgan.runs import checkpoint_v2
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, is_out_of_memory
 from vgan.runtime.renamed import upgrade_config
 
-DAMAGED, REJECTED = (
-    "damaged-",
-    "rejected-",
-)  # what is put before the name of a checkpoint that is not used again
-FORMAT = 2  # raised when the meaning of the parts changes; 1 had no digest and is still read
-_NAME = re.compile(r"checkpoint-(\d{9,})\.pt")
-_PARTS = {
-    "format",
-    "cur_nimg",
-    "config",
-    "sizes",
-    "data",
-    "G",
-    "D",
-    "G_ema",
-    "opt_G",
-    "opt_D",
-    "scaler_G",
-    "scaler_D",
-}
-# What a file may make a reader work on. A billion weights need about 10,000 leaves, 2 MB of pickle and 6 levels.
-_MOST_PICKLE_BYTES, _MOST_OPCODES, _MOST_LEAVES, _MOST_DEPTH = 8_000_000, 1_000_000, 200_000, 24
-_STORAGES = ["Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double"]
-_NAMED = {
-    "torch._utils _rebuild_tensor_v2",
-    "collections OrderedDict",
-    *(f"torch {name}Storage" for name in _STORAGES),
-}
-# All that reading a hostile file may raise; torch's reader of pickles passes on whatever its opcodes stumble over.
-_UNREADABLE = (
-    pickle.PickleError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, ValueError, LookupError, TypeError,
-    AttributeError, ArithmeticError, AssertionError, ImportError, MemoryError,
-)  # fmt: skip
+FORMAT = 3  # 1 and 2 were zip archives of torch.save; see checkpoint_v2
+DAMAGED, REJECTED = "damaged-", "rejected-"  # prefixes of checkpoints that are not used again
+REQUIRED_KEYS = frozenset(
+    "config sizes data cur_nimg G D G_ema opt_G opt_D scaler_G scaler_D".split()  # noqa: SIM905
+)
+_BEST = "best.safetensors"
+_MAGIC = "vgan checkpoint"
+_NAME = re.compile(r"checkpoint-(\d{9,})\.(safetensors|pt)")
+# Limits on what a file may make a reader do. A billion weights need 10,000 leaves and 6 levels.
+_MAX_JSON_BYTES, _MAX_LEAVES, _MAX_DEPTH = 32_000_000, 200_000, 24
+_UNREADABLE = (SafetensorError, *checkpoint_v2.ERRORS)
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read, or is not vgan's; another one may serve."""
-
-
-def best_path(run_dir: Path) -> Path:
-    """Return where the best checkpoint is written."""
-    return run_dir / "best.pt"
-
-
-def find_best(run_dir: Path) -> Path | None:
-    """Return the best checkpoint of a run folder, if there is one."""
-    path = best_path(run_dir)
-    return path if path.is_file() else None
+    """A checkpoint that cannot be read, or is not one of vgan; another file may still be usable."""
 
 
 def path_at(run_dir: Path, cur_nimg: int) -> Path:
-    """checkpoint-<images seen, 9 digits>.pt"""
-    return run_dir / f"checkpoint-{cur_nimg:09d}.pt"
+    """Return run_dir/checkpoint-<cur_nimg, 9 digits>.safetensors."""
+    return run_dir / f"checkpoint-{cur_nimg:09d}.safetensors"
+
+
+def best_path(run_dir: Path) -> Path:
+    """Return the path for the checkpoint with the best metric."""
+    return run_dir / _BEST
+
+
+def find_best(run_dir: Path) -> Path | None:
+    """Return the checkpoint with the best metric, of any format; None without one."""
+    path = best_path(run_dir)
+    paths = [path, path.with_suffix(".pt")]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def nimg_of(path: Path) -> int:
-    """The images seen that a checkpoint's name tells."""
-    found = _NAME.fullmatch(path.name)
-    assert found is not None, path
-    return int(found[1])
+    """Return the number of images seen from the name of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(
-        (p for p in run_dir.glob("checkpoint-*.pt") if _NAME.fullmatch(p.name)), key=nimg_of
-    )
+    """Return the checkpoints of a run folder, oldest first; of the same age, format 3 last."""
+    paths = [path for path in run_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: (nimg_of(path), path.suffix != ".pt"))
 
 
-def save(path: Path, parts: dict[str, Any], keep: int) -> None:
-    """Write `parts` and then remove all but the newest `keep` checkpoints.
+def save(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint atomically, then remove all but the newest `keep` of its folder.
 
-    The bytes go to a temporary file, to the disk, and only then to the final name: a kill at any moment leaves the old
-    checkpoints or the new one. Where the disk has no room for it beside the old ones, the oldest are removed first, but never
-    the newest. Raises UserError, with that one untouched, where the disk is full or read-only.
+    A kill at any moment leaves either the old checkpoints or the new one. Where the disk has too
+    little space, the oldest are removed first, but never the newest. A file of the same name in the
+    old format is replaced. Raises UserError, without a change, if the disk is full or read-only.
     """
+    with _one_line_errors(path):
+        _make_room(path, sum(x.nbytes for _, x in walk(state) if isinstance(x, Tensor)))
+        _write(path, state)
+        if path.suffix == ".safetensors":
+            path.with_suffix(".pt").unlink(missing_ok=True)
+        for old in all_checkpoints(path.parent)[:-keep]:
+            old.unlink(missing_ok=True)
+
+
+def convert(path_in: Path, path_out: Path) -> None:
+    """Write the checkpoint `path_in`, of any format, to `path_out` in the newest format.
+
+    Raises UserError if one cannot be read or the other cannot be written.
+    """
+    state = load(path_in)
+    with _one_line_errors(path_out):
+        _write(path_out, state)
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())
+        fix = "free space, then run the same command again"
+        raise UserError(f"{path}: cannot be written ({reason:.200}); {fix}") from e
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """Write to a temporary file, flush it to the disk, then rename it."""
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_encode(state, "", tensors))
+    metadata = {"format": f"{_MAGIC} {FORMAT}", "sha256": digest(state, tree), "state": tree}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        _make_room(path, sum(leaf.nbytes for _, leaf in walk(parts) if isinstance(leaf, Tensor)))
-        with open(temporary, "wb") as f:
-            parts = {k: v for k, v in parts.items() if k not in ("format", "digest")}
-            torch.save({**parts, "format": FORMAT, "digest": digest(parts)}, f)
-            f.flush()
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-        for old in all_checkpoints(path.parent)[:-keep]:
-            old.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be written ({reason}); free space, then the same command goes on"
-        ) from e
+            temporary.unlink(missing_ok=True)
 
 
 def _make_room(path: Path, tensor_bytes: int) -> None:
-    """Remove rejected checkpoints, then the oldest, all but the newest, as long as the next one would not fit.
+    """Remove rejected checkpoints, then the oldest, until the next one fits. Keep the newest.
 
-    Raises OSError, with none removed, where that would not be enough.
+    Raises OSError, without removing any, if that would not be enough.
     """
     needed = tensor_bytes + tensor_bytes // 50 + 1_000_000
-    removable = sorted(path.parent.glob(f"{REJECTED}checkpoint-*.pt"))
+    removable = sorted(path.parent.glob(f"{REJECTED}checkpoint-*"))
     removable += [old for old in all_checkpoints(path.parent)[:-1] if old != path]
-    room = sum(old.stat().st_size for old in removable)
+    reclaimable = sum(old.stat().st_size for old in removable)
     while (free := shutil.disk_usage(path.parent).free) < needed:
-        if free + room < needed or not removable:
-            raise OSError(
-                errno.ENOSPC, f"needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
-            )
-        room -= removable[0].stat().st_size
+        if free + reclaimable < needed or not removable:
+            reason = f"needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+            raise OSError(errno.ENOSPC, reason)
+        reclaimable -= removable[0].stat().st_size
         removable.pop(0).unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name durable; Windows and some network file systems have no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as e:
-            if e.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(descriptor)
+    """Make a new name durable. Windows and some network file systems cannot do that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
-def walk(parts: Any) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of nested dicts, lists and tuples in their order; raises ValueError where there are too many or too deep."""
-    waiting: list[tuple[str, int, Any]] = [("", 0, parts)]
+def _encode(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `node` as JSON values and add its tensors to `tensors`.
+
+    An object whose only key begins with "$" stands for what JSON lacks: a tensor, with its strides,
+    on which fused optimizers depend; a tuple; or a dict with numbers as keys.
+    """
+    if isinstance(node, Tensor):
+        while name in tensors or name == "__metadata__":  # {"a/b": x, "a": {"b": y}}
+            name += "'"
+        tensors[name] = node.detach().cpu().contiguous()
+        dense = _is_dense(node.shape, node.stride())
+        return {"$tensor": [name, *(node if dense else tensors[name]).stride()]}
+    prefix = f"{name}/" if name else ""
+    if isinstance(node, (list, tuple)):
+        children = [_encode(child, f"{prefix}{i}", tensors) for i, child in enumerate(node)]
+        return {"$tuple": children} if isinstance(node, tuple) else children
+    if isinstance(node, dict):
+        items = [(key, _encode(child, f"{prefix}{key}", tensors)) for key, child in node.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key in node):
+            return dict(items)
+        return {"$items": items}
+    return node
+
+
+def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return what `_encode` was given. A tensor occurs once, so that the file bounds the memory."""
+    if isinstance(node, list):
+        return [_decode(child, tensors) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if "$tensor" in node:
+        name, *stride = node["$tensor"]
+        return _with_stride(tensors.pop(name), stride)
+    if "$tuple" in node:
+        return tuple(_decode(child, tensors) for child in node["$tuple"])
+    items = node["$items"] if "$items" in node else node.items()
+    return {key: _decode(child, tensors) for key, child in items}
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return whether the elements fill their memory in some order, each one once."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _with_stride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return a copy with the given strides; the original is a view of the file."""
+    if not _is_dense(tensor.shape, stride):
+        raise ValueError(f"strides {stride}")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+
+
+def walk(state: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) of nested dicts, lists and tuples in their order.
+
+    Raises ValueError if there are too many, or too deep, or if a key is no string or number.
+    """
+    waiting: list[tuple[str, int, Any]] = [("", 0, state)]
     leaves = 0
     while waiting:
         path, depth, node = waiting.pop()
         children: list[tuple[str, Any]] = []
         if isinstance(node, dict):
-            if not all(isinstance(k, (str, int)) for k in node):
-                raise ValueError("a key is neither a name nor a number")
-            children = [(f"{path}/{k!r}", child) for k, child in node.items()]
+            if not all(isinstance(key, (str, int)) for key in node):
+                raise ValueError("a key is neither a string nor a number")
+            children = [(f"{path}/{key!r}", child) for key, child in node.items()]
         elif isinstance(node, (list, tuple)):
             children = [(f"{path}/{i}", child) for i, child in enumerate(node)]
         leaves += 1
-        if leaves + len(waiting) + len(children) > _MOST_LEAVES or depth > _MOST_DEPTH:
-            raise ValueError("too many parts, or too deep")
+        if leaves + len(waiting) + len(children) > _MAX_LEAVES or depth > _MAX_DEPTH:
+            raise ValueError("too many values, or too deep")
         if children:
             waiting += [(name, depth + 1, child) for name, child in reversed(children)]
         else:
             yield path, node
 
 
-def digest(parts: dict[str, Any]) -> str:
-    """SHA-256 of every name and value; two checkpoints of the same digest hold the same to the last bit."""
-    sha = hashlib.sha256()
-    for path, leaf in walk(parts):
+def digest(state: dict[str, Any], header: str = "") -> str:
+    """Return the SHA-256 of a header and of every path and value of `state`.
+
+    Two checkpoints of the same digest are equal to the last bit.
+    """
+    sha = hashlib.sha256(header.encode())
+    for path, leaf in walk(state):
         if isinstance(leaf, Tensor):
             sha.update(f"{path} {leaf.dtype} {tuple(leaf.shape)}".encode())
-            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = leaf.detach().cpu().contiguous().reshape(-1)
+            sha.update(flat.view(torch.uint8).numpy().data)
         else:
             sha.update(f"{path} {leaf!r}".encode())
     return sha.hexdigest()
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file is a checkpoint; False for an exported generator.
+
+    A safetensors file that cannot be read is judged by its name.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format", "").startswith(_MAGIC)
+    except (OSError, SafetensorError):
+        return path.name == _BEST or _NAME.fullmatch(path.name) is not None
+
+
 def find(ckpt: str | Path) -> Path:
-    """The newest checkpoint file that a file or a run folder means; raises UserError if there is none."""
+    """Return the checkpoint file `ckpt`, or the newest one of the run folder `ckpt`.
+
+    Raises UserError if there is none.
+    """
     return _candidates(ckpt)[-1]
 
 
@@ -194,122 +281,94 @@ def _candidates(ckpt: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
+        raise UserError(f"ckpt={ckpt}: no such file or folder; give a checkpoint or a run folder")
+    paths = all_checkpoints(path)
+    if not paths:
         raise UserError(
-            f"ckpt={ckpt}: no such file or folder; give a checkpoint file or a run folder"
+            f"ckpt={ckpt}: the folder has no checkpoint-*.safetensors; "
+            "give a run folder that has reached a checkpoint"
         )
-    found = all_checkpoints(path)
-    if not found:
-        raise UserError(
-            f"ckpt={ckpt}: the folder holds no checkpoint-*.pt; give a run folder that has reached a checkpoint"
-        )
-    return found
+    return paths
 
 
 def load_newest(ckpt: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Path and parts of a checkpoint file, or of the newest checkpoint of a run folder that can be read.
+    """Return path and state of a checkpoint file, or of the newest readable one of a run folder.
 
-    A damaged one is passed over with a warning. Raises UserError if there is none left.
+    Damaged ones are skipped with a warning. Raises UserError if none is left.
     """
     candidates = _candidates(ckpt)
     for path in reversed(candidates[1:]):
         try:
             return path, load(path)
         except Damaged as e:
-            print0(f"passed over: {e}")
+            print0(f"Skipped: {e}")
     return candidates[0], load(candidates[0])
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The parts of a checkpoint, on the CPU. Nothing in the file is run, and no more memory is taken than it has bytes.
+    """Return the state in a checkpoint, of any format, on the CPU. No code in the file is run.
 
-    Raises Damaged, a UserError, where it is damaged or foreign; a plain UserError where the file may be sound and cannot be read
-    here: by this user, this vgan, in this memory.
+    Raises Damaged, a UserError, if the file is damaged or not a checkpoint; a plain UserError if it
+    may be intact but cannot be read here: by this user, this version, or in this memory.
     """
     try:
-        path.open("rb").close()
+        with path.open("rb") as f:
+            start = f.read(8)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
+    read = checkpoint_v2.read if start.startswith(b"PK") else _read
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of readers that stumble; what counts is said below
-            _inspect(path)
-            parts = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(parts, dict) or not parts.keys() >= _PARTS:
-            raise Damaged(f"{path}: not a vgan checkpoint (parts are missing)")
-        if parts["format"] not in (1, FORMAT):
-            told = f"has format {parts['format']!r:.20}, this vgan reads {FORMAT}"
-            raise UserError(f"{path}: {told}; use the version that wrote it")
-        _check_tensors(parts)
-        stated = parts.pop("digest", None)
-        if parts["format"] == FORMAT and stated != digest(
-            {k: v for k, v in parts.items() if k != "format"}
-        ):
-            raise ValueError("the digest does not fit")
-        parts["config"] = upgrade_config(parts["config"])
-        for old, new in (("controls", "strength"), ("rescue", "recovery"), ("varied", "diversity")):
-            if old in parts:
-                parts[new] = parts.pop(old)
-        if "tries" in parts.get("recovery", {}):
-            recovery = parts["recovery"]
-            recovery["rollbacks"] = recovery.pop("tries")
-            recovery["failure_nimg"] = recovery.pop("fault_nimg")
+        version, stated, header, state = read(path)
+        if not isinstance(state, dict) or not state.keys() >= REQUIRED_KEYS:
+            raise Damaged(f"{path}: not a vgan checkpoint (keys are missing)")
+        _check_version(path, version)
+        _check_values(state)
+        if version > 1 and stated != digest(state, header):
+            raise ValueError("the digest does not match")
+        if version < 3:
+            state = checkpoint_v2.upgrade(state)
+        state["config"] = upgrade_config(state["config"])
+        return state
     except UserError:
         raise
     except _UNREADABLE as e:
         if is_out_of_memory(e):
-            size = path.stat().st_size / 1e6
-            raise UserError(
-                f"{path}: its {size:,.0f} MB do not fit into memory; free some, then the same command goes on"
-            ) from e
-        raise Damaged(f"{path}: not a readable checkpoint (damaged, or not vgan's)") from e
+            problem = f"its {path.stat().st_size / 1e6:,.0f} MB do not fit into memory"
+            fix = "free some, then run the same command again"
+            raise UserError(f"{path}: {problem}; {fix}") from e
+        raise Damaged(f"{path}: not a readable checkpoint (damaged, or not from vgan)") from e
     except OSError as e:
         raise Damaged(f"{path}: cannot be read ({e.strerror or e}); check the disk") from e
-    return parts
 
 
-def _inspect(path: Path) -> None:
-    """Look at a file before anything of it is built; raises ValueError, or what zipfile and pickletools raise.
+def _read(path: Path) -> tuple[int, str, str, Any]:
+    """Return format, digest, JSON text and state of a file of format 3 or newer."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    magic, _, version = metadata["format"].rpartition(" ")
+    tree = metadata["state"]
+    if magic != _MAGIC or len(tree) > _MAX_JSON_BYTES:
+        raise ValueError("not a checkpoint, or too large")
+    _check_version(path, int(version))
+    return int(version), metadata["sha256"], tree, _decode(json.loads(tree), tensors)
 
-    Entries must lie uncompressed, so that the file's size bounds the memory; their sums must be right, which torch does not
-    look at; and the pickle may name only what state dicts are made of. zipfile finds an archive behind anything, torch takes
-    what does not begin as one for a format of its own: the file must be an archive from its first byte to its last.
+
+def _check_version(path: Path, version: Any) -> None:
+    if version not in range(1, FORMAT + 1):
+        problem = f"has format {version!r:.20}, this vgan reads 1 to {FORMAT}"
+        raise UserError(f"{path}: {problem}; use the version that wrote it")
+
+
+def _check_values(state: dict[str, Any]) -> None:
+    """Raise ValueError unless all leaves are plain values or dense tensors.
+
+    A tensor with strides of 0 has few bytes and can claim any size.
     """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        with path.open("rb") as f:
-            if (
-                f.read(4) != b"PK\x03\x04"
-                or archive.comment
-                or min(entry.header_offset for entry in entries) != 0
-            ):
-                raise ValueError("not an archive alone")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("compressed")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("entries overlap")
-        pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES:
-            raise ValueError("not one small pickle")
-        if archive.testzip():
-            raise zipfile.BadZipFile("checksum")
-        for i, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(pickles[0]))):
-            if i == _MOST_OPCODES:
-                raise ValueError("a pickle that takes too long")
-            if "GLOBAL" in opcode.name and argument not in _NAMED:
-                raise ValueError(f"names {argument}")
-
-
-def _check_tensors(parts: dict[str, Any]) -> None:
-    """Plain values and dense tensors only: a tensor of few bytes may claim any size by strides of 0."""
-    for path, leaf in walk(parts):
+    for path, leaf in walk(state):
         if isinstance(leaf, Tensor):
-            if (
-                type(leaf) is not Tensor
-                or leaf.layout is not torch.strided
-                or leaf.nbytes > leaf.untyped_storage().nbytes()
-            ):
-                raise ValueError(f"{path}: not a plain tensor")
-        elif not (
-            leaf is None or isinstance(leaf, (str, int, float, bool)) or leaf in ({}, [], ())
-        ):
+            strided = type(leaf) is Tensor and leaf.layout is torch.strided
+            if not strided or leaf.nbytes > leaf.untyped_storage().nbytes():
+                raise ValueError(f"{path}: not a dense tensor")
+        elif not (leaf is None or isinstance(leaf, (str, int, float)) or leaf in ({}, [], ())):
             raise ValueError(f"{path}: not a plain value")

@@ -1,4 +1,7 @@
-"""What a run folder tells of its run. Whoever wrote the folder is not trusted: every line may say anything, or be cut short."""
+"""Reading the logs of a run folder.
+
+The content is not trusted: every line may hold anything, or be cut short.
+"""
 
 import json
 import math
@@ -11,26 +14,25 @@ import yaml
 
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.runtime.renamed import METRICS
 
-_MOST_BYTES = 100_000_000  # of one file that is read
+_MAX_BYTES = 100_000_000  # of one file
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run folder, read once. kimg are thousands of images."""
+    """The logs of a run. kimg are thousands of images."""
 
-    given: str  # how the user called it
-    name: str  # what tells it from the others of a report
+    given: str  # the path as the user wrote it
+    name: str  # distinguishes the runs of a report
     path: Path
     config: dict[str, Any]
     config_text: str
-    ticks: list[dict[str, Any]]  # lines of stats.jsonl with a loss, in the order of cur_nimg
-    records: list[dict[str, Any]]  # lines of metrics.jsonl, likewise
-    starts: list[
-        dict[str, Any]
-    ]  # lines of starts.jsonl: versions and device at each start; earlier vgans wrote none
-    faults: list[tuple[int, str]]  # where the watchdog went back to, and what it said
-    notes: list[str] = field(default_factory=list)  # what was left out
+    ticks: list[dict[str, Any]]  # lines of stats.jsonl with a loss, sorted by cur_nimg
+    records: list[dict[str, Any]]  # lines of metrics.jsonl, sorted by cur_nimg
+    starts: list[dict[str, Any]]  # lines of starts.jsonl: versions and device of each start
+    faults: list[tuple[int, str]]  # cur_nimg after each roll-back, and its reason
+    notes: list[str] = field(default_factory=list)  # about lines that were skipped
 
     @property
     def cur_nimg(self) -> int:
@@ -38,81 +40,90 @@ class RunLog:
 
     @property
     def resumes(self) -> list[tuple[int, str]]:
-        """The images seen where the run went on, and on what: as it noted, or else where its seconds begin again."""
+        """cur_nimg of each resume, and on what.
+
+        Without starts.jsonl, as in early versions, a session begins where its seconds decrease.
+        """
         if self.starts:
-            return [
-                (s["cur_nimg"], f"{s.get('time')}, {s.get('device')}, vgan {s.get('vgan')}")
-                for s in self.starts[1:]
-            ]
-        laps = [
-            (int(tick["cur_nimg"]), number(tick, "speed/session_s") or 0.0) for tick in self.ticks
-        ]
+            return [(s["cur_nimg"], _describe_start(s)) for s in self.starts[1:]]
+        sessions = zip(self.ticks[:-1], pairwise(self._session_seconds()), strict=True)
         return [
-            (nimg, "seen in its statistics")
-            for (nimg, s), (_, next_s) in pairwise(laps)
-            if next_s < s
+            (int(tick["cur_nimg"]), "seen in its statistics")
+            for tick, (seconds, next_seconds) in sessions
+            if next_seconds < seconds
         ]
 
     @property
     def seconds(self) -> float:
-        """How long the run took; what a kill lost and repeated counts once."""
-        laps = [number(tick, "speed/session_s") or 0.0 for tick in self.ticks]
-        return sum(a for a, b in zip(laps, [*laps[1:], 0.0]) if b < a)
+        """The duration of the run. What was lost by a kill and repeated counts once."""
+        seconds = [*self._session_seconds(), 0.0]
+        return sum(last for last, following in pairwise(seconds) if following < last)
+
+    def _session_seconds(self) -> list[float]:
+        return [number(tick, "speed/session_s") or 0.0 for tick in self.ticks]
 
     def setting(self, name: str) -> Any:
-        """The config's value of a dotted name; None without one."""
+        """Return the config's value of a dotted name; None without one."""
         node: Any = self.config
         for part in name.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return node
 
     def curve(self, name: str) -> tuple[list[float], list[float | None]]:
-        """kimg and values of the ticks that have `name`; None where it was not finite."""
-        found = [tick for tick in self.ticks if name in tick]
-        return [tick["cur_nimg"] / 1000 for tick in found], [number(tick, name) for tick in found]
+        """Return kimg and values of the ticks that have `name`; None for a value not finite."""
+        ticks = [tick for tick in self.ticks if name in tick]
+        return [tick["cur_nimg"] / 1000 for tick in ticks], [number(tick, name) for tick in ticks]
+
+
+def _describe_start(start: dict[str, Any]) -> str:
+    return f"{start.get('time')}, {start.get('device')}, vgan {start.get('vgan')}"
 
 
 def number(line: Any, name: str) -> float | None:
-    """The finite number of that name in an object; None for anything else."""
+    """Return the finite number of that name in an object; None for anything else."""
     value = line.get(name) if isinstance(line, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
 
 
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the readable lines of metrics.jsonl, with today's names of the metrics."""
+    return _read_lines(run_dir / "metrics.jsonl", [])
+
+
 def read_run(given: str, name: str) -> RunLog:
-    """The run in a folder. Raises UserError where it is none, or where there is nothing to tell of it yet."""
+    """Read the logs of a run folder.
+
+    Raises UserError if the folder is not one, or if it has no statistics yet.
+    """
     path, where = Path(given).expanduser(), f"run={given}"
+    fix = "give the run_dir of a vgan-train"
     if not path.is_dir():
-        raise UserError(f"{where}: no such folder; give the run_dir of a vgan-train")
+        raise UserError(f"{where}: no such folder; {fix}")
     if not (path / "config.yaml").is_file():
-        raise UserError(
-            f"{where}: not a run folder (it holds no config.yaml); give the run_dir of a vgan-train"
-        )
-    text = _read(path / "config.yaml")
+        raise UserError(f"{where}: not a run folder (it holds no config.yaml); {fix}")
+    text = _read_text(path / "config.yaml")
     config = _parse_config(text, path / "config.yaml")
     notes: list[str] = []
-    lines = {name: _lines(path / f"{name}.jsonl", notes) for name in ("stats", "metrics", "starts")}
-    ticks = [line for line in lines["stats"] if "loss/D" in line]
+    stats, metrics, starts = (
+        _read_lines(path / f"{name}.jsonl", notes) for name in ("stats", "metrics", "starts")
+    )
+    ticks = [line for line in stats if "loss/D" in line]
     if not ticks:
-        raise UserError(
-            f"{where}: has no statistics yet; they come every tick_kimg={config.get('tick_kimg')} thousand images"
-        )
-    faults = [
-        (line["cur_nimg"], str(line["watchdog"])) for line in lines["stats"] if "watchdog" in line
-    ]
-    records = [line for line in lines["metrics"] if isinstance(line.get("protocol"), dict)]
+        every = f"tick_kimg={config.get('tick_kimg')} thousand images"
+        raise UserError(f"{where}: has no statistics yet; they come every {every}")
     return RunLog(
         given,
         name,
         path,
         config,
-        text,
-        _sorted(ticks),
-        _sorted(records),
-        lines["starts"],
-        faults,
-        notes,
+        config_text=text,
+        ticks=_sorted(ticks),
+        records=_sorted([line for line in metrics if isinstance(line.get("protocol"), dict)]),
+        starts=starts,
+        faults=[(line["cur_nimg"], str(line["watchdog"])) for line in stats if "watchdog" in line],
+        notes=notes,
     )
 
 
@@ -120,63 +131,47 @@ def _sorted(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["cur_nimg"])
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(
-                f"{path}: has {path.stat().st_size / 1e6:,.0f} MB, which no run writes; give an intact run folder"
-            )
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            problem = f"has {size / 1e6:,.0f} MB, which no run writes"
+            raise UserError(f"{path}: {problem}; give an intact run folder")
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
 
 
 def _parse_config(text: str, path: Path) -> dict[str, Any]:
-    """A mapping of bounded size: aliases in YAML can make a small file a giant."""
+    """Parse YAML to a dict of bounded size: with aliases a small file can describe a giant."""
+    fix = "restore it, or give another run"
     try:
         config = yaml.safe_load(text)
         leaves = sum(1 for _ in checkpoint.walk(config))
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(
-            f"{path}: cannot be read as YAML ({str(e).splitlines()[0]}); restore it, or give another run"
-        ) from e
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as YAML ({reason}); {fix}") from e
     if not isinstance(config, dict) or not leaves:
-        raise UserError(f"{path}: not the config of a run; restore it, or give another run")
+        raise UserError(f"{path}: not the config of a run; {fix}")
     return config
 
 
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. A last line without an end is being written, or was cut short by a kill.
+def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the objects with a cur_nimg in a file of JSON lines.
 
-    Other lines that cannot be read are left out as well, with a note.
+    A last line without an end is still being written, or was cut short by a kill. The number of
+    other lines that cannot be read is added to `notes`.
     """
-    found: list[dict[str, Any]] = []
-    lines = _read(path).split("\n") if path.is_file() else [""]
-    damaged = 0
-    for text in lines[:-1]:
+    lines: list[dict[str, Any]] = []
+    texts = _read_text(path).split("\n")[:-1] if path.is_file() else []
+    for text in texts:
         try:
             line = json.loads(text)
-            seen = line["cur_nimg"]
+            cur_nimg = line["cur_nimg"]
         except (ValueError, TypeError, LookupError, RecursionError):
-            damaged += 1
             continue
-        if isinstance(seen, int) and 0 <= seen < 2**53:
-            found.append(line)
-        else:
-            damaged += 1
-    if damaged:
+        if isinstance(cur_nimg, int) and 0 <= cur_nimg < 2**53:
+            lines.append({METRICS.get(key, key): value for key, value in line.items()})
+    if damaged := len(texts) - len(lines):
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {path.name} left out")
-    return found
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl that are whole."""
-    path, lines = run_dir / "metrics.jsonl", []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
     return lines

@@ -1,4 +1,4 @@
-"""Running means on the device, read once a tick into stats.jsonl and TensorBoard."""
+"""Statistics of a run: stats.jsonl, metrics.jsonl and TensorBoard curves."""
 
 import contextlib
 import json
@@ -6,85 +6,53 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from vgan.runtime.distributed import mean_, print0, rank
+from vgan.runtime.distributed import print0, rank
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import append_line, write_atomically, write_png
 
+_MAX_SCALAR_BYTES = 10_000  # of an event; larger ones are images
 
-class Stats:
-    """Sums of scalar tensors that stay on the device until `means` is asked for, so that a step never waits."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Take one step's scalars. A name need not come in every step."""
-        for name in sorted(values.keys() - self._sums.keys()):  # in one order on all processes
-            self._sums[name] = torch.zeros_like(values[name], dtype=torch.float32)
-        torch._foreach_add_(
-            [self._sums[name] for name in values],
-            [value.detach().float() for value in values.values()],
-        )
-        for name in values:
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Mean of each name since the last call, over all processes; empties the sums. Waits for the device once."""
-        means = self.peek()
-        self._sums, self._counts = {}, {}
-        return means
-
-    def peek(self) -> dict[str, float]:
-        """As `means`, and keeps the sums."""
-        names = list(self._sums)
-        sums = mean_(torch.stack([self._sums[n] for n in names])).tolist() if names else []
-        return {n: s / self._counts[n] for n, s in zip(names, sums)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sums since the last `means`, averaged over all processes, for a checkpoint between two ticks."""
-        sums = mean_(torch.stack(list(self._sums.values()))).unbind() if self._sums else ()
-        return {"sums": dict(zip(self._sums, sums)), "counts": dict(self._counts)}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self._sums = {n: s.to(device) for n, s in state["sums"].items()}
-        self._counts = dict(state["counts"])
+def append_metrics(
+    run_dir: Path,
+    ckpt_name: str,
+    cur_nimg: int,
+    values: Mapping[str, float],
+    protocol: Mapping[str, Any],
+    extra: Mapping[str, float | None] | None = None,
+) -> None:
+    """Append the metrics of a checkpoint to metrics.jsonl. Raises UserError on a full disk."""
+    line = {"ckpt": ckpt_name, "cur_nimg": cur_nimg, **values, **(extra or {})}
+    append_line(run_dir / "metrics.jsonl", json.dumps({**line, "protocol": protocol}))
 
 
 class TensorBoardFile:
-    """TensorBoard's event file of a run, written in the thread that asks: a disk that refuses raises OSError here.
+    """A TensorBoard event file, which replaces the steps from `first_step` on of earlier files.
 
-    torch's SummaryWriter writes from a thread of its own, which a full disk ends with a traceback. Steps from first_step on that
-    earlier files hold are taken back.
+    It is written in the calling thread, so that a full disk raises OSError here. SummaryWriter
+    writes in a thread of its own, which a full disk ends with a traceback.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # imports slowly
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event = Event
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._path = run_dir / name
+        unique = f"{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._path = run_dir / f"events.out.tfevents.{time.time():.0f}.{unique}"
         self._file = open(self._path, "wb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
-        try:
-            self._write(file_version="brain.Event:2")
-            self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
-            self.flush()
-        except OSError:
-            self.discard()
-            raise
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, name: str, value: float | str | np.ndarray, step: int) -> None:
-        """A number, a text, or a picture (H, W) or (H, W, 3) uint8."""
+        """Add a number, a text, or an image (H, W) or (H, W, 3) uint8."""
         from torch.utils.tensorboard import summary
 
         if isinstance(value, str):
@@ -105,129 +73,189 @@ class TensorBoardFile:
         self._file.close()
 
     def discard(self) -> None:
-        """Close and remove the file, whatever the disk says."""
+        """Close and delete the file."""
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
 
 
-class RunLogger:
-    """stats.jsonl and the TensorBoard events of a run folder, cut back to cur_nimg where a run goes on from there.
+def _last_step(run_dir: Path) -> int:
+    """Return the last step that the event files of a run have curves of; -1 without any."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
 
-    A disk that refuses costs no run: lines and curves wait in memory and are written when it takes them again, grids are left
-    out, and that is said once. Of several processes only the first writes.
+    last = -1
+    for path in sorted(run_dir.glob("events.out.tfevents.*")):
+        with path.open("rb") as f, contextlib.suppress(DecodeError, ValueError):
+            while header := f.read(12):  # the length of an event and its checksum
+                length = int.from_bytes(header[:8], "little")
+                if length > _MAX_SCALAR_BYTES:
+                    f.seek(length + 4, os.SEEK_CUR)
+                    continue
+                content = f.read(length)
+                if len(f.read(4)) < 4:  # cut short; this step may lack more curves
+                    last = max(last - 1, -1)
+                    break
+                event = Event.FromString(content)
+                if event.HasField("session_log"):
+                    last = min(last, event.step - 1)
+                elif event.HasField("summary"):
+                    last = max(last, event.step)
+    return last
+
+
+class RunLogger:
+    """Writes stats.jsonl and the TensorBoard events of a run, from `cur_nimg` images on.
+
+    Later lines of an earlier session are removed. Curves that the event files lack are written
+    again from stats.jsonl. A full disk does not end the run: lines wait in memory until they can be
+    written, images are left out, and one warning is printed. Of several processes only the first
+    writes.
     """
 
     def __init__(self, run_dir: Path, cur_nimg: int) -> None:
-        self._path, self._run_dir = run_dir / "stats.jsonl", run_dir
-        self._lines: list[str] = []  # that wait, as do
-        self._curves: list[tuple[int, str, float | str | np.ndarray]] = []
-        self._told = False
-        self._board: TensorBoardFile | None = None
+        self._run_dir, self._path = run_dir, run_dir / "stats.jsonl"
+        self._waiting: list[str] = []  # lines that are not in stats.jsonl yet
+        self._events: TensorBoardFile | None = None
+        self._events_from = 0  # the first step of the next event file
+        self._warned = False
         if rank() == 0:
             self._cut_lines(cur_nimg)
-            self._board = TensorBoardFile(run_dir, cur_nimg + 1)
+            with self._warn_once():
+                self._restart_curves(cur_nimg)
 
     def truncate(self, cur_nimg: int) -> None:
-        """Drop what was written after cur_nimg; it is about to be written again."""
+        """Remove what was written after cur_nimg images."""
         if rank() != 0:
             return
-        self._lines = [line for line in self._lines if _nimg_of(line) <= cur_nimg]
-        self._curves = [curve for curve in self._curves if curve[0] <= cur_nimg]
         self.close()
-        with self._told_once():
+        self._waiting = [line for line in self._waiting if _nimg_of(line) <= cur_nimg]
+        with self._warn_once():
             self._cut_lines(cur_nimg)
-        with self._told_once():
-            self._board = TensorBoardFile(self._run_dir, cur_nimg + 1)
+            self._restart_curves(cur_nimg)
 
     def _cut_lines(self, cur_nimg: int) -> None:
         if not self._path.exists():
             return
         text = self._path.read_text(encoding="utf-8", errors="replace")
-        kept = "".join(line + "\n" for line in text.splitlines() if _nimg_of(line) <= cur_nimg)
-        if kept != text:
-            write_atomically(self._path, kept.encode(), durable=True)
+        lines = [line + "\n" for line in text.splitlines() if _nimg_of(line) <= cur_nimg]
+        if "".join(lines) != text:
+            write_atomically(self._path, "".join(lines).encode(), durable=True)
 
-    def write(self, cur_nimg: int, values: dict[str, Any]) -> None:
-        """One object a tick, and a curve for every number. What is not finite is null there."""
+    def _restart_curves(self, cur_nimg: int) -> None:
+        """Begin an event file, and write into it the curves that are in no earlier one."""
+        self._events_from = cur_nimg + 1
+        newest = max(map(_nimg_of, self._lines()), default=-1)
+        last = _last_step(self._run_dir)
+        if last < newest:
+            self._events_from = max(last, 0)  # inclusive, as that step may be incomplete
+        self._write_curves(cur_nimg, [])
+
+    def _lines(self) -> list[str]:
+        text = ""
+        if self._path.exists():
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        return text.splitlines() + self._waiting
+
+    def write(self, cur_nimg: int, values: Mapping[str, Any]) -> None:
+        """Append a line to stats.jsonl, with null for what is not finite, and add its curves."""
         if rank() != 0:
             return
-        plain = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
-        self._lines.append(json.dumps({"cur_nimg": cur_nimg, **plain}))
-        self._curves += [(cur_nimg, name, value) for name, value in values.items()]
-        self._write_waiting()
+        plain: dict[str, Any] = {"cur_nimg": cur_nimg}
+        for name, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            plain[name] = value if finite else None
+        line = json.dumps(plain)
+        self._waiting.append(line)
+        self._write_lines()
+        with self._warn_once():
+            self._write_curves(cur_nimg, [line])
 
-    def image(self, cur_nimg: int, name: str, path: Path | None, sheet: np.ndarray) -> None:
-        """A grid (H, W) or (H, W, 3) uint8 in TensorBoard, and as a PNG file where there is a path."""
+    def image(self, cur_nimg: int, name: str, path: Path | None, grid: np.ndarray) -> None:
+        """Add an image (H, W) or (H, W, 3) uint8 to TensorBoard, and write it to `path` as PNG."""
         if rank() != 0:
             return
-        with self._told_once():
-            if path:
-                write_png(path, sheet)
-        self._curves.append((cur_nimg, name, sheet))
-        self._write_waiting()
-        self._curves = [curve for curve in self._curves if not isinstance(curve[2], np.ndarray)]
+        if path:
+            with self._warn_once():
+                write_png(path, grid)
+        self._write_lines()
+        with self._warn_once():
+            self._write_curves(cur_nimg, [], {name: grid})
 
-    def _write_waiting(self) -> None:
-        with self._told_once():
-            if self._lines:
-                append_line(self._path, "\n".join(self._lines))
-                self._lines = []
-        with self._told_once():
-            self._write_curves()
+    def _write_lines(self) -> None:
+        with self._warn_once():
+            if self._waiting:
+                append_line(self._path, "\n".join(self._waiting))
+                self._waiting = []
 
-    def _write_curves(self) -> None:
-        """Raises OSError where the disk refuses; the file then ends with half an event, and the next call begins another."""
-        if not self._curves:
-            return
-        before, self._board = self._board, None
-        board = before or TensorBoardFile(self._run_dir, self._curves[0][0])
+    def _write_curves(
+        self, cur_nimg: int, lines: list[str], images: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Write lines and images to the event file, or to a new one with all lines it lacks.
+
+        Raises OSError if the disk is full. The event file may then end within an event, which
+        TensorBoard does not read past, so that the next call begins another.
+        """
+        events, self._events = self._events, None
+        is_new = events is None
+        if events is None:
+            events = TensorBoardFile(self._run_dir, self._events_from)
+            lines = [line for line in self._lines() if _nimg_of(line) >= self._events_from]
         try:
-            for cur_nimg, name, value in self._curves:
-                board.add(name, value, cur_nimg)
-            board.flush()
+            for line in lines:
+                _add_curves(events, json.loads(line))
+            for name, image in (images or {}).items():
+                events.add(name, image, cur_nimg)
+            events.flush()
         except OSError:
-            if board is before:
-                with contextlib.suppress(OSError):
-                    board.close()
+            if is_new:
+                events.discard()
             else:
-                board.discard()  # all that it holds waits still; a tick a file would be too many
+                self._events_from = cur_nimg
+                with contextlib.suppress(OSError):
+                    events.close()
             raise
-        self._board, self._curves = board, []
+        self._events = events
 
     @contextlib.contextmanager
-    def _told_once(self) -> Iterator[None]:
+    def _warn_once(self) -> Iterator[None]:
         try:
             yield
         except (OSError, UserError) as e:
-            if not self._told:
+            if not self._warned:
                 print0(
-                    f"\nstatistics and grids cannot be written, training goes on and statistics wait ({e})"
+                    f"\nStatistics and grids cannot be written ({e}). "
+                    "Training continues, and statistics wait in memory."
                 )
-            self._told = True
+            self._warned = True
 
     def close(self) -> None:
-        self._write_waiting()
-        if self._board is not None:
-            with self._told_once():
-                self._board.close()
-            self._board = None
+        """Write what waits, and close the event file."""
+        if rank() != 0:
+            return
+        self._write_lines()
+        with self._warn_once():
+            self._write_curves(self._events_from, [])
+        if self._events is not None:
+            with self._warn_once():
+                self._events.close()
+            self._events = None
+
+
+def _add_curves(events: TensorBoardFile, values: dict[str, Any]) -> None:
+    """Add the numbers and texts of a line of stats.jsonl."""
+    step = values.pop("cur_nimg")
+    for name, value in values.items():
+        if value is None:
+            value = math.nan
+        if isinstance(value, (int, float, str)):
+            events.add(name, value, step)
 
 
 def _nimg_of(line: str) -> float:
-    """The images seen of a line of stats.jsonl; infinite where it has none, as when a kill cut it short."""
+    """Return cur_nimg of a line of stats.jsonl; infinity if the line is damaged."""
     try:
         return float(json.loads(line)["cur_nimg"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
-
-
-def append_metrics(
-    run_dir: Path, ckpt_name: str, cur_nimg: int, values: Any, protocol: Any, extra: Any
-) -> None:
-    line = {"ckpt": ckpt_name, "cur_nimg": cur_nimg, **values, **extra, "protocol": protocol}
-    append_line(run_dir / "metrics.jsonl", json.dumps(line))

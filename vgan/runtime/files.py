@@ -21,11 +21,16 @@ from vgan.runtime.distributed import print0, rank
 from vgan.runtime.errors import UserError
 
 
-def write_png(path: Path, sheet: np.ndarray) -> None:
-    """Write (H, W) or (H, W, 3) uint8 so that the file is whole or not there. Raises UserError if it cannot be written."""
+def png_bytes(image: np.ndarray) -> bytes:
+    """Encode uint8 (H, W) or (H, W, 3) as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W) or (H, W, 3) atomically. Raises UserError if it cannot be written."""
+    write_atomically(path, png_bytes(image))
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:

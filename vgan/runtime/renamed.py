@@ -28,6 +28,13 @@ VALUES = {
         "exact": "double_backward",
         "difference": "finite_difference",
     },
+    "show": {"pictures": "images"},
+}
+# Values in metrics.jsonl and in checkpoints.
+METRICS = {
+    "as_asked": "class_accuracy",
+    "classes_seen": "classes_covered",
+    "copies": "copy_rate",
 }
 
 

@@ -1,0 +1,83 @@
+"""Check a typed config: kinds of values, the rule of each key, and rules between keys."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin
+
+from vgan.config import (
+    DataConfig,
+    PeriodicEvaluationConfig,
+    Ramp,
+    SampleConfig,
+    TrainConfig,
+    require,
+)
+
+
+def validate(cfg: Any) -> None:
+    """Check an instance of any schema of `vgan.config`.
+
+    Raises UserError that names key, value and rule.
+    """
+    _check_fields(cfg, "")
+    if isinstance(cfg, TrainConfig):
+        _check_train(cfg)
+    elif isinstance(cfg, SampleConfig):
+        _check_sample(cfg)
+    elif isinstance(cfg, DataConfig):
+        written = cfg.sheet is None or cfg.do != "pack"
+        require(written, "sheet", cfg.sheet, "needs do=info or do=check")
+
+
+def _check_fields(node: Any, prefix: str) -> None:
+    for f in fields(node):
+        name, value, rule = f"{prefix}{f.name}", getattr(node, f.name), f.metadata.get("rule")
+        _require_kind(f.type, name, value)
+        if is_dataclass(value) and not isinstance(value, Ramp):
+            _check_fields(value, f"{name}.")
+        elif rule is None:
+            continue
+        elif isinstance(value, Ramp):
+            require(rule.holds(value.start), f"{name}.start", value.start, rule.text)
+            require(rule.holds(value.end), f"{name}.end", value.end, rule.text)
+        elif type(None) not in get_args(f.type):
+            require(rule.holds(value), name, value, rule.text)
+        elif value is not None:
+            require(rule.holds(value), name, value, f"{rule.text}, or null")
+
+
+def _require_kind(expected: Any, name: str, value: Any) -> None:
+    """Refuse what an interpolation can put in place of a node or a list, as ema=${seed} does."""
+    if get_origin(expected) is list:
+        (item,) = get_args(expected)
+        ok = isinstance(value, list) and all(isinstance(v, item) for v in value)
+        require(ok, name, value, f"must be a list of {item.__name__}, such as {name}=[...]")
+    elif is_dataclass(expected) or get_origin(expected) is dict:
+        ok = isinstance(value, get_origin(expected) or expected)
+        require(ok, name, value, "has keys of its own; set them one by one")
+
+
+def _check_train(cfg: TrainConfig) -> None:
+    no_triton = cfg.depthwise != "triton" or cfg.penalty != "double_backward"
+    require(no_triton, "depthwise", cfg.depthwise, "needs penalty=jvp or finite_difference")
+    scaled = cfg.parallel == "ddp" or cfg.precision != "fp16"
+    require(scaled, "parallel", cfg.parallel, "needs bf16, tf32 or fp32; use ddp for fp16")
+    _check_best_by(cfg.eval)
+
+
+def _check_best_by(cfg: PeriodicEvaluationConfig) -> None:
+    metric = "pr" if cfg.best_by in ("precision", "recall") else cfg.best_by
+    measured = metric in cfg.metrics
+    require(measured, "eval.best_by", cfg.best_by, f"needs {metric} in eval.metrics={cfg.metrics}")
+
+
+def _check_sample(cfg: SampleConfig) -> None:
+    images = cfg.show == "images"
+    require(images or cfg.motion is None, "show", cfg.show, "goes with motion=null")
+    closes = cfg.loop or cfg.motion != "walk"
+    rule = "goes with motion=interpolate or classes; a walk always closes"
+    require(closes, "loop", cfg.loop, rule)
+    for name in ("columns", "zoom"):
+        value = getattr(cfg, name)
+        require(images or value is None, name, value, "goes with show=images")
+    attention = cfg.query is None or cfg.show == "attention"
+    require(attention, "query", cfg.query, "goes with show=attention")
