@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import vgan.apps.examine
+import vgan.runtime.device
 import vgan.runtime.files
 import vgan.training.setup
 import vgan.training.train
@@ -130,3 +133,17 @@ def replace_exported_forward(forward: Callable[..., Any], monkeypatch: pytest.Mo
 def accept_inception_weights(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Inception take the weights with these first 8 digits of their SHA-256."""
     monkeypatch.setattr("vgan.evaluation.features.INCEPTION_SHA256", digest)
+
+
+def fake_compiler(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile return its function, or fail; vgan-doctor then compiles no run."""
+
+    def compile_function(f: Callable[..., Any], **options: object) -> Callable[..., Any]:
+        if works:
+            return f
+        raise RuntimeError("\ng++ is broken\nlong story")
+
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(vgan.apps.examine, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(vgan.apps.examine, "keep_compiled", lambda folder: None)
+    monkeypatch.setattr(vgan.runtime.device, "pick_compile", lambda name, device: False)
