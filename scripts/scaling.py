@@ -29,7 +29,7 @@ import torch.distributed as dist
 from bench import first_steps, prepare, step_seconds
 
 from vgan.training.summary import count_parameters
-from vgan.runtime.distributed import group, rank, world_size
+from vgan.runtime.distributed import process_group, rank, world_size
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000)  # bytes
 BUCKET = 25_000_000  # bytes; DistributedDataParallel's own
@@ -55,7 +55,7 @@ def measure(overrides: list[str], seconds: float) -> dict[str, float]:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    with group(device):
+    with process_group(device):
         subject = prepare(overrides)
         first_steps(subject)
         figures = {"step": step_seconds(subject, seconds)}

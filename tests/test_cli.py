@@ -419,7 +419,7 @@ def test_a_polite_kill_before_the_first_step_asks_for_a_restart(
     assert code == 75
     assert (
         out.splitlines()[-1]
-        == "vgan-train: stopped before the first step; the same command goes on"
+        == "vgan-train: stopped before the first step; run the same command to resume"
     )
     assert not Path("r/stats.jsonl").exists()
 

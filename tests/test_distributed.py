@@ -16,7 +16,7 @@ from runs import SLOW, TINY, lines_of, train_in_process
 
 from vgan import load_generator
 from vgan.runs import checkpoint
-from vgan.runtime.distributed import meet
+from vgan.runtime.distributed import rendezvous
 from vgan.runtime.signals import RESTART
 
 pytestmark = pytest.mark.skipif(
@@ -198,7 +198,7 @@ def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
 
     def come(rank: int) -> threading.Thread:
         thread = threading.Thread(
-            target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True
+            target=lambda: names.update({rank: rendezvous(store, rank, 3)}), daemon=True
         )
         thread.start()
         return thread
@@ -327,11 +327,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from vgan import cli
 from vgan.config import CONFIG_DIR
-from vgan.runtime.distributed import group
+from vgan.runtime.distributed import process_group
 from vgan.runtime.errors import UserError
 from vgan.training.setup import set_up
 common, rank = sys.argv[1:], os.environ["RANK"]
-with group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+with process_group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
     for other in (
         [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"], ["parallel=fsdp"], ["batch_size=7"]
     ):
