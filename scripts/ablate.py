@@ -25,9 +25,11 @@ import torch
 from bench import prepare, step_seconds
 
 from vgan.data.packed import default_cache_dir
-from vgan.data.shapes import SHAPE_NAMES, Oracle, score_samples
-from vgan.evaluation.evaluate import make_evaluator
-from vgan.inference.load import draw, drawing_precision, load_generator
+from vgan.data.shapes import SHAPE_NAMES
+from vgan.evaluation.evaluator import make_evaluator
+from vgan.evaluation.shapes_oracle import Oracle, score_samples
+from vgan.inference.latents import draw
+from vgan.inference.load import drawing_precision, load_generator
 from vgan.training.summary import count_multiply_adds, count_parameters
 from vgan.runtime.device import pick_device
 
@@ -115,14 +117,14 @@ def judge(run_dir: Path, overrides: list[str], n: int) -> dict[str, float]:
     run = prepare([*overrides, "compile=false"]).run
     device = pick_device(run.config["device"])
     config = {
-        **run.config,
-        **run.config["eval"],
+        **{k: run.config[k] for k in ("features", "seed", "holdout")},
+        "repeats": run.config["eval"]["repeats"],
         "n": n,
         "batch_size": 128,
         "metrics": ["fid", "kid", "pr", "diversity"],
     }
     G, precision = load_generator(run_dir), drawing_precision("auto", device)
-    values = make_evaluator(config, run.dataset, device)(G, precision, default_cache_dir()).values
+    values = make_evaluator(run.dataset, device, **config)(G, precision, default_cache_dir()).values
     if run.dataset.name == "shapes":
         images = (
             torch.cat([draw(G, index, seed=0) for index in torch.arange(2000).split(100)])

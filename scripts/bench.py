@@ -44,7 +44,7 @@ from vgan.apps.benchmark import (
     time_of,
 )
 from vgan.config import CONFIG_DIR, validate
-from vgan.inference.load import draw, to_host
+from vgan.inference.latents import draw, to_host
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.runtime.device import pick_device, pick_precision, prepare_process

@@ -11,8 +11,10 @@ import sys
 import numpy as np
 import torch
 
-from vgan.data.shapes import SHAPE_NAMES, Oracle, score_samples
-from vgan.inference.load import draw, load_generator
+from vgan.data.shapes import SHAPE_NAMES
+from vgan.evaluation.shapes_oracle import Oracle, score_samples
+from vgan.inference.latents import draw
+from vgan.inference.load import load_generator
 
 
 def main(ckpt: str, n: int) -> None:

@@ -144,43 +144,38 @@ def changed(parts: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def hostile_checkpoint(path: Path, valid: bytes, parts: dict[str, Any], rng: random.Random) -> None:
-    """One of: damaged bytes; a damaged pickle in a sound zip; changed parts with a right digest; a compressed zip."""
-    kind = rng.randrange(5)
+    """Write a file that is damaged somewhere, or intact with other values, of format 1, 2 or 3."""
+    kind = rng.randrange(7)
+    broken = changed(parts, rng)
     if kind == 0:
         path.write_bytes(damaged(valid, rng))
-        return
-    if kind <= 2:
-        if kind == 2:
-            torch.save(
-                {
-                    **(broken := changed(parts, rng)),
-                    "format": checkpoint.FORMAT,
-                    "digest": digest(broken),
-                },
-                path,
-            )
-            return
-        with zipfile.ZipFile(io.BytesIO(valid)) as archive, zipfile.ZipFile(path, "w") as made:
-            for entry in archive.infolist():
-                content = archive.read(entry)
-                is_target = entry.filename.endswith("data.pkl") or rng.random() < 0.02
-                made.writestr(entry.filename, damaged(content, rng) if is_target else content)
-        return
-    if kind == 3:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
-            made.writestr(
-                "a/data.pkl", b"\x80\x02}." if rng.random() < 0.5 else b"\x00" * 10_000_000
-            )
-            made.writestr("a/version", "3")
-        return
-    torch.save(
-        {
-            **(broken := changed(changed(parts, rng), rng)),
-            "format": rng.choice([1, 2]),
-            "digest": digest(broken),
-        },
-        path,
-    )
+    elif kind == 1:
+        length = 8 + int.from_bytes(valid[:8], "little")
+        header = damaged(valid[8:length], rng)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + valid[length:])
+    elif kind == 2 and digest(broken) != "none":
+        checkpoint.save(path, broken, keep=1)
+    elif kind == 3:
+        damaged_archive(path, parts, rng)
+    elif kind == 4:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            pickled = b"\x80\x02}." if rng.random() < 0.5 else b"\x00" * 10_000_000
+            archive.writestr("a/data.pkl", pickled)
+            archive.writestr("a/version", "3")
+    else:
+        broken = changed(broken, rng)
+        torch.save({**broken, "format": rng.choice([1, 2]), "digest": digest(broken)}, path)
+
+
+def damaged_archive(path: Path, parts: dict[str, Any], rng: random.Random) -> None:
+    """Write a checkpoint of format 2 with a damaged pickle and matching checksums."""
+    buffer = io.BytesIO()
+    torch.save({**parts, "format": 2, "digest": checkpoint.digest(parts)}, buffer)
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(path, "w") as made:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            is_target = entry.filename.endswith("data.pkl") or rng.random() < 0.02
+            made.writestr(entry.filename, damaged(content, rng) if is_target else content)
 
 
 def digest(parts: dict[str, Any]) -> str:

@@ -19,8 +19,9 @@ from vgan.data import torchvision_sets
 from vgan.data.folder import Folder
 from vgan.data.loader import Loader
 from vgan.data.packed import pack
-from vgan.data.shapes import COLOURS, Oracle, Shapes, score_samples
+from vgan.data.shapes import COLOURS, Shapes
 from vgan.data.source import Dataset, to_square_uint8
+from vgan.evaluation.shapes_oracle import Oracle, score_samples
 from vgan.runtime.errors import UserError
 
 CPU = torch.device("cpu")

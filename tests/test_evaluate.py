@@ -8,8 +8,11 @@ from torch import Tensor
 
 from vgan.data.packed import pack
 from vgan.data.shapes import Shapes
-from vgan.evaluation.evaluate import Evaluator, Result, read_records, shown_values, table
-from vgan.models.generator import PlainGenerator
+from vgan.data.source import Dataset
+from vgan.evaluation.evaluate import table
+from vgan.evaluation.evaluator import Evaluator, Result, shown_values
+from vgan.models.generator import GeneratorBase, PlainGenerator
+from vgan.runs.log_reader import read_metrics
 from vgan.runtime.console import in_lines
 from vgan.runtime.errors import UserError
 from vgan.runtime.rng import normal
@@ -27,7 +30,7 @@ class Means(torch.nn.Module):
         ), None
 
 
-class Repeating(torch.nn.Module):
+class Repeating(GeneratorBase):
     """A generator that draws the reals themselves."""
 
     def __init__(self, images: Tensor, label_dim: int = 0) -> None:
@@ -48,16 +51,16 @@ class Repeating(torch.nn.Module):
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> object:
+def dataset(tmp_path: Path) -> Dataset:
     return pack(Shapes(16, 300), tmp_path)
 
 
-def reals_of(dataset: object) -> Tensor:
-    return torch.from_numpy(dataset.images[:].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1  # type: ignore[attr-defined]
+def reals_of(dataset: Dataset) -> Tensor:
+    return torch.from_numpy(dataset.images[:].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def test_the_reals_themselves_are_at_distance_nothing(dataset: object, tmp_path: Path) -> None:
-    evaluator = Evaluator(dataset, Means(), ["fid", "kid", "pr"], 300, 1, 0, 64)  # type: ignore[arg-type]
+def test_the_reals_themselves_are_at_distance_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    evaluator = Evaluator(dataset, Means(), ["fid", "kid", "pr"], 300, 1, 0, 64)
     same = evaluator(Repeating(reals_of(dataset)), "fp32", tmp_path).values
     assert same["fid"] == pytest.approx(0, abs=1e-6)
     assert (same["precision"], same["recall"]) == (1, 1)
@@ -66,11 +69,11 @@ def test_the_reals_themselves_are_at_distance_nothing(dataset: object, tmp_path:
     assert darker["precision"] < 1
 
 
-def test_labels_follow_the_data_and_the_seed(dataset: object, tmp_path: Path) -> None:
-    evaluator = Evaluator(dataset, Means(), ["fid"], 300, 2, 5, 64)  # type: ignore[arg-type]
+def test_labels_follow_the_data_and_the_seed(dataset: Dataset, tmp_path: Path) -> None:
+    evaluator = Evaluator(dataset, Means(), ["fid"], 300, 2, 5, 64)
     G = Repeating(reals_of(dataset), label_dim=8)
     result = evaluator(G, "fp32", tmp_path)
-    labels = torch.bincount(torch.from_numpy(dataset.labels), minlength=8)  # type: ignore[attr-defined]
+    labels = torch.bincount(torch.from_numpy(dataset.labels), minlength=8)
     assert (
         G.asked[:300].sum(0).tolist() == labels.tolist()
     )  # n equals the set: each picture's label once
@@ -79,7 +82,7 @@ def test_labels_follow_the_data_and_the_seed(dataset: object, tmp_path: Path) ->
     assert result.values["fid_std"] >= 0
 
 
-def test_real_features_are_kept_by_data_and_protocol(dataset: object, tmp_path: Path) -> None:
+def test_real_features_are_kept_by_data_and_protocol(dataset: Dataset, tmp_path: Path) -> None:
     class Counting(Means):
         calls = 0
 
@@ -88,7 +91,7 @@ def test_real_features_are_kept_by_data_and_protocol(dataset: object, tmp_path: 
             return super().forward(images)
 
     for expected in (10, 15):  # 5 batches of reals once, 5 of fakes each time
-        evaluator = Evaluator(dataset, Counting(), ["fid", "kid"], 300, 1, 0, 64)  # type: ignore[arg-type]
+        evaluator = Evaluator(dataset, Counting(), ["fid", "kid"], 300, 1, 0, 64)
         evaluator(Repeating(reals_of(dataset)), "fp32", tmp_path)
         assert Counting.calls == expected
 
@@ -123,12 +126,12 @@ def test_records_survive_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"cur_nimg": 1}) + "\n" + '{"cur_nimg": 2, "fi'
     )
-    assert read_records(tmp_path) == [{"cur_nimg": 1}]
-    assert read_records(tmp_path / "none") == []
+    assert read_metrics(tmp_path) == [{"cur_nimg": 1}]
+    assert read_metrics(tmp_path / "none") == []
 
 
-def test_plain_generator_can_be_judged(dataset: object, tmp_path: Path) -> None:
-    evaluator = Evaluator(dataset, Means(), ["fid"], 40, 1, 0, 16)  # type: ignore[arg-type]
+def test_plain_generator_can_be_judged(dataset: Dataset, tmp_path: Path) -> None:
+    evaluator = Evaluator(dataset, Means(), ["fid"], 40, 1, 0, 16)
     G = PlainGenerator(8, 16, [16, 8, 8], label_dim=8).eval().requires_grad_(False)
     once, again = (evaluator(G, "fp32", tmp_path).values["fid"] for _ in range(2))
     assert once == again
@@ -142,16 +145,16 @@ class ByNumber(Repeating):
         return self.images[torch.cdist(z, known).argmin(1)]
 
 
-def test_copies_are_found_and_shown(dataset: object, tmp_path: Path) -> None:
-    evaluator = Evaluator(dataset, Means(), ["copies", "diversity"], 100, 1, 0, 64, holdout=60)  # type: ignore[arg-type]
-    trained_on, held_out = dataset.split(60)  # type: ignore[attr-defined]
+def test_copies_are_found_and_shown(dataset: Dataset, tmp_path: Path) -> None:
+    evaluator = Evaluator(dataset, Means(), ["copies", "diversity"], 100, 1, 0, 64, holdout=60)
+    trained_on, held_out = dataset.split(60)
     reals = reals_of(dataset)
     copied = evaluator(ByNumber(reals[trained_on[:100]]), "fp32", tmp_path)
     assert copied.values["nearest"] == pytest.approx(1, abs=1e-5)
-    assert copied.values["copies"] > 0.9
+    assert copied.values["copy_rate"] > 0.9
     unseen = evaluator(Repeating(reals[held_out]), "fp32", tmp_path)
     assert unseen.values["nearest"] == pytest.approx(unseen.values["nearest_reals"], abs=1e-3)
-    assert unseen.values["copies"] < 0.1
+    assert unseen.values["copy_rate"] < 0.1
     assert copied.nearest is not None
     rows = copied.nearest.unflatten(
         0, (8, 8)
@@ -159,18 +162,18 @@ def test_copies_are_found_and_shown(dataset: object, tmp_path: Path) -> None:
     assert torch.equal(rows[:, 0], rows[:, 1])
 
 
-def test_diversity_sees_the_class_that_collapsed(dataset: object, tmp_path: Path) -> None:
+def test_diversity_sees_the_class_that_collapsed(dataset: Dataset, tmp_path: Path) -> None:
     class OnePicture(Repeating):
         def forward(self, z: Tensor, c: Tensor) -> Tensor:
             out = super().forward(z, c)
             out[c[:, 3] == 1] = 0.5
             return out
 
-    evaluator = Evaluator(dataset, Means(), ["diversity"], 300, 1, 0, 300)  # type: ignore[arg-type]
+    evaluator = Evaluator(dataset, Means(), ["diversity"], 300, 1, 0, 300)
     reals = reals_of(dataset)
-    labels = evaluator._labels(torch.arange(300), 0).numpy()
+    labels = evaluator.labels(torch.arange(300), 0).numpy()
     order = np.concatenate([np.flatnonzero(labels == k) for k in range(8)])
-    pool = np.concatenate([np.flatnonzero(dataset.labels == k) for k in range(8)])  # type: ignore[attr-defined]
+    pool = np.concatenate([np.flatnonzero(dataset.labels == k) for k in range(8)])
     matched = torch.empty_like(reals)
     matched[order] = reals[pool]  # fake i is a real of the class that fake i is asked for
     varied = evaluator(Repeating(matched, label_dim=8), "fp32", tmp_path).values
@@ -181,7 +184,7 @@ def test_diversity_sees_the_class_that_collapsed(dataset: object, tmp_path: Path
     assert collapsed["diversity"] > 0.7
 
 
-def test_classes_are_counted_as_asked(dataset: object, tmp_path: Path) -> None:
+def test_classes_are_counted_as_asked(dataset: Dataset, tmp_path: Path) -> None:
     class Sighted(Means):
         """Sees the class in the first pixel."""
 
@@ -195,11 +198,11 @@ def test_classes_are_counted_as_asked(dataset: object, tmp_path: Path) -> None:
             label = c.argmax(1).clamp(max=5)  # two classes are never drawn
             return (label * 30 + 5).view(-1, 1, 1, 1).expand(-1, 3, 16, 16) / 127.5 - 1
 
-    evaluator = Evaluator(dataset, Sighted(), ["classes"], 300, 1, 0, 64)  # type: ignore[arg-type]
+    evaluator = Evaluator(dataset, Sighted(), ["classes"], 300, 1, 0, 64)
     values = evaluator(Painter(reals_of(dataset), label_dim=8), "fp32", tmp_path).values
-    drawn = (dataset.labels < 6).mean()  # type: ignore[attr-defined]
+    drawn = (dataset.labels < 6).mean()
     assert values == {"class_accuracy": pytest.approx(drawn), "classes_covered": 6}
     with pytest.raises(UserError, match="metrics=classes"):
         Evaluator(dataset, Means(), ["classes"], 30, 1, 0, 64)(
             Painter(reals_of(dataset), 8), "fp32", tmp_path
-        )  # type: ignore[arg-type]
+        )

@@ -15,12 +15,13 @@ from safetensors import safe_open
 
 import vgan.inference.export
 from vgan import load_generator
-from vgan.config import CONFIG_DIR
+from vgan.config import CONFIG_DIR, ExportConfig, typed
 from vgan.inference.export import export, generator_onnx, latents_onnx
-from vgan.inference.load import draw, latents
+from vgan.inference.latents import draw, latents
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import to_uint8
+from vgan.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,11 @@ def without_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ckpt: Path, *overrides: object) -> Path:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return export(compose("export", overrides=[f"ckpt={ckpt}", *map(str, overrides)]))
+        composed = compose("export", overrides=[f"ckpt={ckpt}", *map(str, overrides)])
+    cfg = typed(composed)
+    assert isinstance(cfg, ExportConfig)
+    validate(cfg)
+    return export(cfg)
 
 
 def test_onnx_runs_in_onnxruntime_for_any_batch(
@@ -176,7 +181,7 @@ def test_what_differs_is_not_written(
 ) -> None:
     monkeypatch.setattr(vgan.inference.export, "TOLERANCE", -1.0)
     with pytest.raises(
-        UserError, match=r"to=onnx: its pictures differ from torch's by .*; use to=safetensors"
+        UserError, match=r"to=onnx: its images differ from torch's by .*; use to=safetensors"
     ):
         run(ckpt, "to=onnx", f"out={tmp_path / 'g.onnx'}")
     assert not list(tmp_path.iterdir())

@@ -83,7 +83,7 @@ def test_checkpoints(tmp_path: Path, cases: int) -> None:
 def test_whatever_a_run_may_hold_comes_back_and_one_wrong_bit_is_seen(
     tmp_path: Path, cases: int
 ) -> None:
-    base: dict[str, Any] = {name: {} for name in checkpoint._PARTS - {"format"}}
+    base: dict[str, Any] = {name: {} for name in checkpoint.REQUIRED_KEYS}
 
     @settings(
         max_examples=cases,

@@ -27,10 +27,10 @@ from vgan.apps import page as play
 from vgan.apps import static_page
 from vgan.apps.demo import PageBackend, application
 from vgan.config import CONFIG_DIR
-from vgan.inference.attention_maps import look
+from vgan.inference.attention_maps import attention_maps as look
 from vgan.inference.export import export
-from vgan.inference.latents import lerp, slerp
-from vgan.inference.load import draw, latents, restore_generator
+from vgan.inference.latents import draw, latents, lerp, slerp
+from vgan.inference.load import restore_generator
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 

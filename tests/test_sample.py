@@ -14,14 +14,21 @@ from PIL import Image, ImageSequence
 from runs import train_in_process
 
 from vgan import load_generator
-from vgan.config import CONFIG_DIR
-from vgan.inference.attention_maps import Look, attention_sheet, look, verdict_sheet, verdicts
-from vgan.inference.latents import slerp, through, walk
-from vgan.inference.load import draw, latents, load_discriminator, render
+from vgan.config import CONFIG_DIR, SampleConfig, typed
+from vgan.inference.attention_maps import (
+    AttentionMap,
+    attention_grid,
+    attention_maps,
+    patch_logits,
+    patch_logits_grid,
+)
+from vgan.inference.latents import draw, interpolate, latents, render, slerp, walk
+from vgan.inference.load import load_discriminator
 from vgan.inference.sample import parse_seeds, sample
-from vgan.inference.writers import KINDS, write_movie
+from vgan.inference.writers import FILMS, write_film
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +47,11 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ckpt: Path, *overrides: object) -> Path:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return sample(
-            compose("sample", overrides=[f"ckpt={ckpt}", "device=cpu", *map(str, overrides)])
-        )
+        composed = compose("sample", [f"ckpt={ckpt}", "device=cpu", *map(str, overrides)])
+    cfg = typed(composed)
+    assert isinstance(cfg, SampleConfig)
+    validate(cfg)
+    return sample(cfg)
 
 
 def test_seeds_are_numbers_of_a_series() -> None:
@@ -128,9 +137,9 @@ def test_a_film_has_its_frames_in_their_order(tmp_path: Path) -> None:
     frames = np.stack(
         [np.full((16, 32, 3), level, np.uint8) for level in (10, 60, 110, 160, 210, 250)]
     )
-    for kind in KINDS:
+    for kind in FILMS:
         path = tmp_path / f"x{kind}"
-        write_movie(path, frames, fps=10, zoom=2)
+        write_film(path, frames, fps=10, zoom=2)
         if kind == ".mp4":
             with av.open(str(path)) as container:
                 shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -195,7 +204,7 @@ def test_a_number_asked_for_twice_is_drawn_twice(ckpt: Path, tmp_path: Path) -> 
     assert (tmp_path / "f.d" / "000000.png").is_file()
 
 
-def test_a_map_shows_heat_where_it_looks_and_red_where_it_looks_fake() -> None:
+def test_a_map_shows_heat_where_it_maps_and_red_where_it_maps_fake() -> None:
     images = torch.full((2, 3, 16, 16), 128, dtype=torch.uint8)
     weights = torch.zeros(2, 1, 4, 4, 4, 4)
     weights[:, :, 2, 3, 0, 1] = 1.0  # from row 2, column 3, all of it to row 0, column 1
@@ -204,17 +213,17 @@ def test_a_map_shows_heat_where_it_looks_and_red_where_it_looks_fake() -> None:
     effect[:, 2, 3] = 5.0
     gates = torch.zeros(2, 1, 4, 4)
     gates[:, :, 1, 2] = -1.0
-    layer = Look(weights, gates, effect)
+    layer = AttentionMap(weights, gates, effect)
     assert layer.strongest().tolist() == [[2, 3], [2, 3]]
-    sheet = attention_sheet(images, [layer]).astype(int)
+    sheet = attention_grid(images, [layer]).astype(int)
     heat, gate = sheet[18:114, 104:200], sheet[18:114, 204:300]
     assert np.unravel_index(heat[:, :, 0].argmax(), (96, 96))[0] < 24  # the hottest place
-    assert heat[12, 36, 0] > heat[84, 84, 0] + 60  # not where the other position looks
+    assert heat[12, 36, 0] > heat[84, 84, 0] + 60  # not where the other position maps
     assert (heat[48, 72:96] == (90, 230, 255)).all()  # the frame's upper edge
     assert gate[36, 60, 2] > gate[36, 60, 0] + 60  # below 0 is blue
     logits = torch.zeros(2, 4, 4)
     logits[0, 1, 1], logits[1, 1, 1] = -3.0, 3.0
-    verdict = verdict_sheet(images, logits).astype(int)
+    verdict = patch_logits_grid(images, logits).astype(int)
     first, second = verdict[18 + 36, 104 + 36], verdict[118 + 36, 104 + 36]
     assert first[0] > first[2] + 60  # below the mean of its place: red
     assert second[2] > second[0] + 60
@@ -233,11 +242,11 @@ def test_slerp_keeps_lengths_and_turns_steadily() -> None:
 
 def test_ways_through_pictures_close_or_end() -> None:
     z, c = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.eye(6)
-    film = through(z, c, tiles=2, frames=4, loop=True)
+    film = interpolate(z, c, tiles=2, frames=4, loop=True)
     assert film.z.shape == (12, 2, 5)
     assert torch.allclose(film.z[4], z[[1, 4]], atol=1e-6)
     assert torch.allclose(film.c[2], (c[[0, 3]] + c[[1, 4]]) / 2)
-    ending = through(z, c, tiles=2, frames=4, loop=False)
+    ending = interpolate(z, c, tiles=2, frames=4, loop=False)
     assert len(ending) == 9
     assert torch.equal(ending.z[-1], z[[2, 5]])
 
@@ -254,16 +263,16 @@ def test_a_walk_has_the_models_own_distribution_and_closes() -> None:
     )  # an eighth of the slow, a quarter of the fast wave
 
 
-def test_attention_maps_are_where_the_network_looks(ckpt: Path) -> None:
+def test_attention_maps_are_where_the_network_maps(ckpt: Path) -> None:
     G = load_generator(ckpt, device="cpu")
     z, c = latents(G, torch.arange(3), seed=0)
-    images, looks = look(G, z, c)
+    images, maps = attention_maps(G, z, c)
     assert torch.equal(images, draw(G, torch.arange(3), 0))  # looking changes nothing
-    assert [tuple(layer.weights.shape) for layer in looks] == [
+    assert [tuple(layer.weights.shape) for layer in maps] == [
         (3, 1, 4, 4, 4, 4),
         (3, 1, 8, 8, 8, 8),
     ]
-    for layer in looks:
+    for layer in maps:
         assert torch.allclose(layer.weights.sum((4, 5)), torch.ones(1), atol=1e-5)
     attention = G.stages[1][-1].attention  # type: ignore[index, union-attr]
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -282,7 +291,7 @@ def test_verdicts_add_up_to_the_logit(ckpt: Path) -> None:
     )
     c = torch.eye(8)[:3]
     logits = D(images.float() / 127.5 - 1, c)
-    places = verdicts(D, images, c)
+    places = patch_logits(D, images, c)
     assert places.shape == (3, 4, 4)
     total = (
         places.sum((1, 2)) + D.to_logit.bias.float() if D.pool is not None else places.mean((1, 2))
@@ -325,11 +334,14 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
         (["motion=jump", "out=x.gif"], "motion=jump: must be one of interpolate, classes, walk"),
         (
             ["motion=interpolate", "n=3", "tiles=2", "out=x.gif"],
-            "tiles=2: 3 pictures cannot be shared",
+            "tiles=2: 3 images cannot be shared",
         ),
-        (["motion=interpolate", "n=1", "out=x.gif"], "needs two pictures"),
-        (["motion=walk", "n=3", "out=x.gif"], "one picture a tile"),
-        (["motion=classes", "label=heart", "out=x.gif"], "needs a model with classes, and two"),
+        (["motion=interpolate", "n=1", "out=x.gif"], "needs two images"),
+        (["motion=walk", "n=3", "out=x.gif"], "one image per tile"),
+        (
+            ["motion=classes", "label=heart", "out=x.gif"],
+            "needs a model with classes, and at least two",
+        ),
         (["show=patches", "motion=walk"], "show=patches: goes with motion=null"),
         (["query=[1,1]"], "goes with show=attention"),
         (["show=attention", "query=[16,0]"], "in pixels from 0 to 15"),
@@ -338,7 +350,7 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
             ["motion=walk", "frames=1", "zoom=2000", "out=x.webp"],
             r"out=x.webp: frames of 32000 x 32000 px are larger",
         ),
-        (["show=attention", "n=65"], "draws at most 64 pictures"),
+        (["show=attention", "n=65"], "draws at most 64 images"),
         (["show=attention", "zoom=2"], "zoom=2: goes with show=images"),
         (["seeds=0-10000000"], "seeds=0-10000000: names more than 10,000,000"),
         (["out=.png"], "out=.png: has no name before its ending"),

@@ -317,9 +317,9 @@ class ExportConfig:
 
     ckpt: str = key(_CKPT)
     to: str = key(
-        "onnx, safetensors (weights), pt2 (torch.export), torchscript, or html (a page that runs "
-        "the model in the browser)",
-        one_of("onnx", "safetensors", "pt2", "torchscript", "html"),
+        "onnx, safetensors (weights), pt2 (torch.export), torchscript, html (a page that runs the "
+        "model in the browser) or checkpoint (the newest format, for training)",
+        one_of("onnx", "safetensors", "pt2", "torchscript", "html", "checkpoint"),
     )
     out: str | None = key("output file, or folder for to=html; null: named after the checkpoint")
     input: str = key(

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from vgan.apps import page as play
 from vgan.config import validate_demo
-from vgan.inference.attention_maps import Look, look
-from vgan.inference.load import drawing_precision, latents, render, restore_generator
+from vgan.inference.attention_maps import AttentionMap as Look
+from vgan.inference.attention_maps import attention_maps as look
+from vgan.inference.latents import latents, render
+from vgan.inference.load import drawing_precision, restore_generator
 from vgan.runs import checkpoint
 from vgan.runtime.device import pick_device, prepare_process
 from vgan.runtime.errors import UserError, is_out_of_memory

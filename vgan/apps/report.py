@@ -20,7 +20,7 @@ from PIL import Image
 import vgan
 from vgan.apps.charts import Curve, chart
 from vgan.apps.command_line import Compose, command, flat
-from vgan.evaluation.evaluate import SHOWN, SMALLER_IS_BETTER
+from vgan.evaluation.evaluator import SHOWN, SMALLER_IS_BETTER
 from vgan.runs.log_reader import RunLog, number, read_run
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically

@@ -1,8 +1,8 @@
 """What pictures are compared by: networks that turn them into features.
 
-An extractor is called with uint8 (N, C, H, W) on its device and returns features (N, d) and a classifier's logits
-(N, classes), or None where it has none; `protocol` says all that makes its numbers what they are. Any class of this shape can
-be named by `features._target_`.
+An extractor is called with uint8 (N, C, H, W) on its device and returns features (N, d) and a
+classifier's logits (N, classes), or None where it has none; `protocol` says all that makes its
+numbers what they are. Any class of this shape can be named by `features._target_`.
 """
 
 import hashlib
@@ -46,9 +46,10 @@ class Extractor(Protocol):
 class Inception(nn.Module):
     """The network that defines FID, KID and IS, through torch-fidelity: 2048 features and 1008 logits.
 
-    Pictures of any size are resized to 299 px as TensorFlow did; grey ones are shown in all three channels. weights: a file of
-    torch-fidelity's weights for machines without a network; None downloads it once into torch's cache. Raises UserError where
-    torch-fidelity or the weights cannot be had, or where the file is another.
+    Pictures of any size are resized to 299 px as TensorFlow did; grey ones are shown in all three
+    channels. weights: a file of torch-fidelity's weights for machines without a network; None
+    downloads it once into torch's cache. Raises UserError where torch-fidelity or the weights
+    cannot be had, or where the file is another.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -109,14 +110,16 @@ def _digest(content: bytes) -> str:
 class ClassifierFeatures(nn.Module):
     """A small classifier trained on the data set itself: features where no pretrained network can be had, and for watching a run.
 
-    It learns the classes where there are any, else by how many quarter turns a picture was rotated (Gidaris et al. 2018). The
-    features are the means of every stage's maps, since a classifier's last stage forgets what its classes do not depend on,
-    such as colours; they are whitened by the reals, so that no direction drowns the others: real
-    features have mean 0 and variance 1. What was learned is kept in the cache folder under the data's digest, since
-    another machine would learn slightly other weights: numbers compare only under the same digest in `protocol`, and with
+    It learns the classes where there are any, else by how many quarter turns a picture was rotated
+    (Gidaris et al. 2018). The features are the means of every stage's maps, since a classifier's
+    last stage forgets what its classes do not depend on, such as colours; they are whitened by the
+    reals, so that no direction drowns the others: real features have mean 0 and variance 1. What
+    was learned is kept in the cache folder under the data's digest, since another machine would
+    learn slightly other weights: numbers compare only under the same digest in `protocol`, and with
     no published FID.
 
-    train_kimg: thousands of pictures it sees, in batches of 64. widths: channels at 4, 8, 16, ... px, as for the generator.
+    train_kimg: thousands of pictures it sees, in batches of 64. widths: channels at 4, 8, 16, ...
+    px, as for the generator.
     """
 
     BATCH = 64

@@ -1,7 +1,7 @@
 """Distances between sets of pictures, worked out from features (N, d) on whatever device these are.
 
-Pure functions of features and logits: what made these, and of which pictures, is the caller's business, and belongs to
-the protocol that makes two results comparable (`vgan/evaluate.py`).
+Pure functions of features and logits: what made these, and of which pictures, is the caller's
+business, and belongs to the protocol that makes two results comparable (`vgan/evaluate.py`).
 """
 
 import math
@@ -42,8 +42,8 @@ def moments(features: Tensor) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the FID, where the features are Inception's (Heusel et al. 2017).
 
-    Biased upwards by small sets: compare equal counts only. The root's trace is that of the symmetric
-    C_a^(1/2) C_b C_a^(1/2), which stays real where covariances are singular.
+    Biased upwards by small sets: compare equal counts only. The root's trace is that of the
+    symmetric C_a^(1/2) C_b C_a^(1/2), which stays real where covariances are singular.
     """
     values, vectors = torch.linalg.eigh(a.cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -54,8 +54,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def kernel_distance(fake: Tensor, real: Tensor, block: int = 1000) -> Interval:
     """Unbiased MMD^2 with the kernel (x.y / d + 1)^3: the KID, where the features are Inception's (Binkowski et al. 2018).
 
-    The mean over disjoint blocks of `block` features of each set, which are independent, so that their spread gives an honest
-    confidence interval (infinite where there is one block only). May be slightly negative for equal distributions.
+    The mean over disjoint blocks of `block` features of each set, which are independent, so that
+    their spread gives an honest confidence interval (infinite where there is one block only). May
+    be slightly negative for equal distributions.
     """
     block = min(block, len(fake), len(real))
     count = min(len(fake), len(real)) // block
@@ -96,7 +97,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> Interval:
 def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """The share of fakes that lie among the reals, and of reals among the fakes (Kynkaanniemi et al. 2019).
 
-    A point lies among a set if it is no further from one of its points than that point's k-th neighbour in the set.
+    A point lies among a set if it is no further from one of its points than that point's k-th
+    neighbour in the set.
     """
     return _covered(fake, real, neighbours), _covered(real, fake, neighbours)
 

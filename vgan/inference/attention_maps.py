@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from vgan.models.discriminator import Discriminator
-from vgan.models.generator import GatedSelfAttention, GeneratorBase
-from vgan.models.attention import AdaptiveAttention2d
+from vgan.models.generator import GeneratorBase
+from vgan.models.attention import AdaptiveAttention2d, GatedSelfAttention
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import enlarge, to_float, to_uint8
@@ -89,7 +89,7 @@ def attention_maps(
 
 
 def finest_attention(G: GeneratorBase) -> tuple[nn.Module, tuple[int, int, int]] | None:
-    """Return the finest attention layer of at most MAX_POSITIONS positions, and its (heads, h, w)."""
+    """Return the finest attention layer up to MAX_POSITIONS positions, and its (heads, h, w)."""
     layers = attention_layers(G)
     if not layers:
         return None
@@ -112,7 +112,7 @@ def patch_logits(D: Discriminator, images: Tensor, c: Tensor, precision: str = "
 def attention_grid(
     images: Tensor, maps: Sequence[AttentionMap], query: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Draw a row for each uint8 image (N, C, H, W): the image, then attention and gates of each layer.
+    """Draw a row for each uint8 image (N, C, H, W): the image, then attention and gates.
 
     The attention is that of one position. query: row and column of that position as fractions of
     height and width, in [0, 1). None takes the position that the layer changed most. Bright means
@@ -211,9 +211,3 @@ def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
         for y, tile in enumerate(column):
             sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (side + _GAP)))
     return np.asarray(sheet)
-
-
-attention_maps = look
-patch_logits = verdicts
-attention_grid = attention_sheet
-patch_logits_grid = verdict_sheet

@@ -83,11 +83,11 @@ def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Interpolate spherically from a (N, d) at t = 0 to b (N, d) at t = 1, for t (T,). Returns (T, N, d).
+    """Interpolate spherically from a (N, d) at t = 0 to b (N, d) at t = 1.
 
-    The direction turns at a constant rate and the length changes linearly. Points between two draws
-    from N(0, I) then have the length of such draws. A straight line would pass near 0, where the
-    model was not trained (White 2016).
+    t: (T,). Returns (T, N, d). The direction turns at a constant rate and the length changes
+    linearly. Points between two draws from N(0, I) then have the length of such draws. A straight
+    line would pass near 0, where the model was not trained (White 2016).
     """
     length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
     u, v = a / length_a.clamp_min(1e-12), b / length_b.clamp_min(1e-12)
@@ -109,7 +109,7 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Film:
-    """Inputs of `tiles` images side by side in each of T frames: z (T, tiles, z_dim) and c (T, tiles, label_dim)."""
+    """Inputs of T frames of `tiles` images: z (T, tiles, z_dim) and c (T, tiles, label_dim)."""
 
     z: Tensor
     c: Tensor

@@ -301,7 +301,7 @@ def load_newest(ckpt: str | Path) -> tuple[Path, dict[str, Any]]:
         try:
             return path, load(path)
         except Damaged as e:
-            print0(f"skipped: {e}")
+            print0(f"Skipped: {e}")
     return candidates[0], load(candidates[0])
 
 

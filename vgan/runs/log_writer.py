@@ -87,7 +87,7 @@ def _last_step(run_dir: Path) -> int:
 
     last = -1
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
-        with path.open("rb") as f, contextlib.suppress(DecodeError):
+        with path.open("rb") as f, contextlib.suppress(DecodeError, ValueError):
             while header := f.read(12):  # the length of an event and its checksum
                 length = int.from_bytes(header[:8], "little")
                 if length > _MAX_SCALAR_BYTES:
@@ -259,10 +259,3 @@ def _nimg_of(line: str) -> float:
         return float(json.loads(line)["cur_nimg"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
-
-
-def append_metrics(
-    run_dir: Path, ckpt_name: str, cur_nimg: int, values: Any, protocol: Any, extra: Any
-) -> None:
-    line = {"ckpt": ckpt_name, "cur_nimg": cur_nimg, **values, **extra, "protocol": protocol}
-    append_line(run_dir / "metrics.jsonl", json.dumps(line))
