@@ -1,4 +1,4 @@
-"""vgan-data, and what it is made of: what a data set holds, by the pictures themselves."""
+"""vgan-data, and what it is made of: what a data set holds, by the images themselves."""
 
 import re
 import tarfile
@@ -16,7 +16,7 @@ from vgan.data.folder import Folder
 from vgan.data.packed import pack
 from vgan.data.shapes import Shapes
 from vgan.data.source import Source
-from vgan.data.survey import duplicates, evenly, survey
+from vgan.data.survey import evenly, find_duplicates, survey
 from vgan.data.webdataset import Shards
 
 
@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def mess(tmp_path: Path) -> Path:
-    """Two classes: 5 good pictures, of which 2 are the same in other files, one is small; and 2 that cannot be read."""
+    """Two classes: 5 good images, of which 2 are the same in other files, one is small; and 2 that cannot be read."""
     rng, folder = np.random.default_rng(0), tmp_path / "mess"
     for name, size, mode, suffix in (
         ("cats/a", (40, 30), "RGB", "png"), ("cats/b", (40, 30), "RGBA", "png"), ("dogs/c", (100, 90), "L", "jpg"),
@@ -57,7 +57,7 @@ def zipped(folder: Path) -> Path:
 def test_survey_counts_what_is_there(mess: Path, kind: str) -> None:
     path = mess if kind == "folder" else zipped(mess)
     found = survey(Folder(str(path), resolution=16, labels="folders"))
-    assert (found.looked_at, found.good, found.copies) == (7, 5, 1)
+    assert (found.examined, found.good, found.copies) == (7, 5, 1)
     assert found.sizes == Counter({(40, 30): 3, (100, 90): 1, (8, 50): 1})
     assert found.modes == Counter({"RGB": 3, "RGBA": 1, "L": 1})
     assert found.formats == Counter({"PNG": 2, "BMP": 2, "JPEG": 1})
@@ -82,7 +82,7 @@ def test_survey_of_a_part_is_spread_over_the_whole() -> None:
     assert list(evenly(5, 9)) == [0, 1, 2, 3, 4]
     assert list(evenly(101, 3)) == [0, 50, 100]
     found = survey(Shapes(16, 300), 7)
-    assert (found.looked_at, found.good, list(found.labels)) == (7, 7, list(evenly(300, 7)))
+    assert (found.examined, found.good, list(found.labels)) == (7, 7, list(evenly(300, 7)))
 
 
 def test_jpegs_are_told_at_their_stored_size(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_jpegs_are_told_at_their_stored_size(tmp_path: Path) -> None:
 
 def test_duplicates_of_arrays() -> None:
     images = np.arange(4, dtype=np.uint8)[[0, 1, 0, 2, 0, 1], None, None, None].repeat(3, 1)
-    assert duplicates(images) == [
-        ["picture 0", "picture 2", "picture 4"],
-        ["picture 1", "picture 5"],
+    assert find_duplicates(images) == [
+        ["image 0", "image 2", "image 4"],
+        ["image 1", "image 5"],
     ]
 
 
@@ -106,9 +106,9 @@ def test_info_and_its_sheet(run: Cli, mess: Path) -> None:
     assert (code, err) == (0, "")
     assert all(len(line) <= 80 for line in out.splitlines() if "mess" not in line)
     for text in (
-        "7 pictures (2 unreadable",
-        "squares of 16 px in RGB",
-        "8 x 50 to 100 x 90 px",
+        "7 images (2 unreadable",
+        "16 x 16 px, RGB",
+        "8 x 50 px to 100 x 90 px",
         "RGB 3",
         "cats 2, dogs 3",
     ):
@@ -152,7 +152,7 @@ def test_check_lists_problem_files_and_fails_for_unreadable_ones(run: Cli, mess:
         (mess / name).unlink()
     code, out, _ = run(cli.data_main, "check", *argv)
     assert code == 0
-    assert "5 pictures, 0 unreadable, 1 enlarged, 1 duplicate; fit for training" in out
+    assert "5 images, 0 unreadable, 1 enlarged, 1 duplicate; ready for training" in out
 
 
 def test_check_lists_at_most_twenty_of_a_kind(run: Cli, tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_pack_makes_what_training_opens(run: Cli, tmp_path: Path) -> None:
     ]
     code, out, _ = run(cli.data_main, *argv)
     assert code == 0
-    assert "shapes: 40 pictures of 16 px" in out
+    assert "shapes: 40 images of 16 px" in out
     dataset = pack(Shapes(16, 40), tmp_path / "c")
     assert f"digest      {dataset.digest}\n" in out
     assert [p.name for p in (tmp_path / "c").iterdir()] == [re.findall(r"folder.*/(\S+)", out)[0]]
 
 
-def test_a_stream_is_looked_at_by_its_sample(run: Cli, tmp_path: Path) -> None:
+def test_a_stream_is_examined_by_its_sample(run: Cli, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(6):
@@ -204,7 +204,7 @@ def test_a_stream_is_looked_at_by_its_sample(run: Cli, tmp_path: Path) -> None:
     )
     assert code == 0
     assert "the first of 1 shards" in out
-    assert "stream: 4 pictures" in out
+    assert "stream: 4 images" in out
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_training_keys_and_experiments_are_taken_too(run: Cli, pictures_npy: Pat
         "size=m",
     )
     assert code == 0, err
-    assert "40 pictures" in out
+    assert "40 images" in out
 
 
 def test_help_names_the_data_sets_and_no_other_group(run: Cli) -> None:

@@ -1,184 +1,329 @@
-"""A run that takes steps only to be timed: what vgan-doctor and scripts/bench.py measure."""
+"""Time training steps, with a run's own settings and with others that may be faster."""
 
 import contextlib
-import ctypes
-import gc
-import platform
+import math
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vgan.data.loader import Loader
-from vgan.data.packed import default_cache_dir
+from vgan.config import TrainConfig
+from vgan.data.loader import Batch, Loader
 from vgan.data.webdataset import ShardLoader
-from vgan.runtime.device import keep_compiled, pick_compile
-from vgan.runtime.distributed import rank, world_size
-from vgan.runtime.rng import Streams
-from vgan.training.ema import update_ema
-from vgan.training.parallel import averaged
-from vgan.training.setup import Run, open_loader, set_up
-from vgan.training.step import compiled, train_step
+from vgan.runtime import hardware
+from vgan.runtime.device import missing_compiler, pick_precision, prepare_process
+from vgan.runtime.errors import UserError, first_line, is_out_of_memory
+from vgan.training.setup import Run, prepare_step, setup
+from vgan.training.step import train_step
 
-try:
-    import resource
-except ModuleNotFoundError:  # Windows
-    resource = None  # type: ignore[assignment]
+MIN_GAIN = 1.05  # smaller speed-ups are noise and not recommended
+MAX_MEMORY = 0.9  # the share of the memory that a trial may take
+_HEADER = "precision threads  compiled  batch    img/s    memory  first step"
 
-_STATUS, _CLEAR, _CPUINFO = (
-    Path("/proc", name) for name in ("self/status", "self/clear_refs", "cpuinfo")
-)
+Settings = dict[str, Any]  # precision, threads, compile, batch_size
 
 
 @dataclass
 class BenchmarkRun:
-    """A run that is ready to take steps, as its config says."""
+    """A run whose steps are timed; nothing is logged or saved."""
 
     run: Run
-    feed: Loader | ShardLoader
-    batch_size: int
-    penalty_every: int
-    nchw: bool = False  # features laid out as NCHW, to measure what channels-last gains
-    step: int = 0
+    loader: Loader | ShardLoader
 
-    def wait(self) -> None:
-        """Until the device has done all that it was given."""
-        if self.run.recipe.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.run.recipe.device.type == "mps":
-            torch.mps.synchronize()
+    @property
+    def batch_size(self) -> int:
+        return self.run.cfg.batch_size
 
-    def inputs(self) -> tuple[Tensor, Tensor, Streams]:
-        """The next batch and its random numbers."""
-        cur_nimg, rows = self.step * self.batch_size, self.batch_size // world_size()
-        self.step += 1
-        return *self.feed.batch(cur_nimg), Streams(
-            0, cur_nimg + rank() * rows, rows, self.run.recipe.device
-        )
+    def next_batch(self) -> Batch:
+        """Return the next batch and advance cur_nimg."""
+        batch = self.run.batch(self.loader)
+        self.run.state.cur_nimg += self.batch_size
+        return batch
 
-    def take_step(self) -> None:
-        """One whole step, as in the loop."""
-        penalty = self.penalty_every if self.step % self.penalty_every == 0 else 0
-        batch, run = self.inputs(), self.run
-        now = run.moment_at(self.step * self.batch_size)
-        train_step(run.state, run.recipe, now, *batch, penalty)
-        update_ema(run.state.G_ema, run.state.G, 0.999)
+    def step(self) -> None:
+        """Take one training step, as the training loop does."""
+        run, hp = self.run, self.run.hyperparameters()
+        train_step(run.state, run.objective, run.batch(self.loader), hp)
+
+    def first_steps(self, warmup: int = 0) -> float:
+        """Return the seconds until every kind of step has run once, compilation included.
+
+        Takes `warmup` more steps after that, which are not counted.
+        """
+        synchronize(self.run.device)
+        start = time.perf_counter()
+        for _ in range(min(2, self.run.cfg.loss.penalty_every)):
+            self.step()
+        synchronize(self.run.device)
+        elapsed = time.perf_counter() - start
+        for _ in range(warmup):
+            self.step()
+        synchronize(self.run.device)
+        return elapsed
+
+    def seconds_per_step(self, seconds: float, max_steps: int | None = None) -> float:
+        """Return the mean over a cycle of steps with and without penalty; see `median_seconds`."""
+        cycle = min(self.run.cfg.loss.penalty_every, 8)
+        max_calls = None if max_steps is None else -(-max_steps // cycle)
+
+        def steps() -> None:
+            for _ in range(cycle):
+                self.step()
+
+        return median_seconds(steps, self.run.device, seconds, max_calls) / cycle
 
 
-def make_benchmark_run(
-    config: dict[str, Any], device: torch.device, precision: str
-) -> BenchmarkRun:
-    """The run that a resolved TrainConfig describes, compiled where it says so. Raises UserError for what cannot work."""
-    run = set_up(config, device, precision)
-    if pick_compile(config["compile"], device):
-        keep_compiled(default_cache_dir() / "compiled")
-        torch._dynamo.reset()
-        run = replace(run, recipe=compiled(run.recipe, config["cuda_graphs"]))
-    if world_size() > 1 and config["parallel"] == "ddp":
-        run = replace(run, recipe=averaged(run.recipe, run.state.G, run.state.D))
-    return BenchmarkRun(
-        run, open_loader(run), config["batch_size"], config["loss"]["penalty_every"]
-    )
+@contextmanager
+def open_benchmark_run(
+    cfg: TrainConfig, device: torch.device, precision: str
+) -> Iterator[BenchmarkRun]:
+    """Build the run of `cfg`, compiled where it says so. Raises UserError where it cannot work."""
+    run = setup(cfg, device, precision)
+    torch.compiler.reset()  # graphs of an earlier run
+    prepare_step(run)
+    with closing(run.open_loader()) as loader:
+        yield BenchmarkRun(run, loader)
 
 
-def time_of(
-    subject: BenchmarkRun, work: Callable[[], object], seconds: float, most: int | None = None
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def median_seconds(
+    work: Callable[[], object], device: torch.device, seconds: float, max_calls: int | None = None
 ) -> float:
-    """Seconds of one call: the median over as many as fit, at least 3 and `most` if given.
+    """Return the median seconds of a call of `work`, from at least 3 measurements.
 
-    Calls are timed in groups where the device runs behind.
+    Measures for `seconds`, or until `max_calls` if given. On an accelerator five calls are
+    measured at once, since it runs behind the host.
     """
-    group = 1 if subject.run.recipe.device.type == "cpu" else 5
+    group = 1 if device.type == "cpu" else 5
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 3 or (
-        time.perf_counter() < end and (most is None or len(times) * group < most)
-    ):
-        subject.wait()
+    most = math.inf if max_calls is None else max_calls
+    while len(times) < 3 or (time.perf_counter() < end and len(times) * group < most):
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(group):
             work()
-        subject.wait()
+        synchronize(device)
         times.append((time.perf_counter() - start) / group)
     return statistics.median(times)
 
 
-def first_steps(subject: BenchmarkRun, warm: int = 3) -> float:
-    """How long it takes until every kind of step has run once (compilation included); takes `warm` more steps after that."""
-    subject.wait()
-    start = time.perf_counter()
-    for _ in range(2 if subject.penalty_every > 1 else 1):
-        subject.take_step()
-    subject.wait()
-    elapsed = time.perf_counter() - start
-    for _ in range(warm):
-        subject.take_step()
-    subject.wait()
-    return elapsed
+@dataclass(frozen=True)
+class Trial:
+    """One candidate and its measurements."""
+
+    settings: Settings
+    img_per_s: float = 0.0  # 0: not measured, and `note` says why
+    memory_gb: float = 0.0
+    first_s: float = 0.0
+    note: str = ""
 
 
-def step_seconds(subject: BenchmarkRun, seconds: float, steps: int | None = None) -> float:
-    """Mean of one step over the cycle of steps with and without penalty; `steps` many of them if they fit."""
-    cycle = min(subject.penalty_every, 8)
+@dataclass
+class Plan:
+    """The outcome of all trials."""
 
-    def one_cycle() -> None:
-        for _ in range(cycle):
-            subject.take_step()
-
-    return (
-        time_of(subject, one_cycle, seconds, None if steps is None else -(-steps // cycle)) / cycle
-    )
+    chosen: Trial
+    best: Trial
+    gains: list[tuple[str, float]] = field(default_factory=list)  # override, speed-up
+    batch_sizes: list[Trial] = field(default_factory=list)  # others, with the best settings
 
 
-def peak_gb(device: torch.device) -> float | None:
-    """The most memory of a CUDA device that was in use since `release`; None for other devices."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+class Benchmark:
+    """Trials of a few training steps each, within limits of time and memory.
+
+    seconds, steps: the length of a trial; the first limit that is reached ends it. budget_s: for
+    all trials; by default 45 on a CPU and 600 on a GPU, which compiles for each. cores: the most
+    threads to try; by default those that are usable. memory_gb: what this process may use; by
+    default what is free.
+    """
+
+    def __init__(
+        self,
+        seconds: float = 5.0,
+        steps: int = 20,
+        budget_s: float | None = None,
+        cores: int | None = None,
+        memory_gb: float | None = None,
+    ) -> None:
+        self.seconds, self.steps, self.budget_s = seconds, steps, budget_s
+        self.cores, self.memory_gb = cores or hardware.usable_cores(), memory_gb
+        self._deadline = math.inf
+        self.trials: list[Trial] = []  # the measured ones
+
+    @contextmanager
+    def first_trial(self, cfg: TrainConfig, device: torch.device) -> Iterator[Run]:
+        """Take a few steps with a small batch, and open the run that took them.
+
+        It shows that steps work and how memory grows with the batch. Raises UserError where a
+        step fails.
+        """
+        small = {**settings_of(cfg), "batch_size": max(2, cfg.batch_size // 4)}
+        with contextlib.ExitStack() as stack:
+            try:
+                subject = stack.enter_context(self._open(cfg, device, small))
+                self.trials.append(self._time(subject, small, 1))
+            except (RuntimeError, MemoryError) as e:
+                raise UserError(f"the first step fails ({first_line(e)})") from e
+            yield subject.run
+
+    def search(self, cfg: TrainConfig, device: torch.device) -> Plan:
+        """Vary one setting after another, keep the fastest, then try other batch sizes.
+
+        cfg: its precision, threads and compile hold no `auto`. Raises UserError where the settings
+        of `cfg` do not run themselves.
+        """
+        budget_s = self.budget_s
+        if budget_s is None:
+            budget_s = 45.0 if device.type == "cpu" else 600.0
+        self._deadline = time.perf_counter() + budget_s
+        print(_HEADER, flush=True)
+        chosen = self.take(cfg, device, settings_of(cfg))
+        if not chosen.img_per_s:
+            fix = "try batch_gpu, a smaller batch_size or size"
+            raise UserError(f"batch_size={cfg.batch_size}: {chosen.note}; {fix}")
+        plan = Plan(chosen, chosen)
+        for name, values in candidates(cfg, device, self.cores).items():
+            before = plan.best
+            trials = [self.take(cfg, device, {**before.settings, name: v}) for v in values]
+            fastest = max([before, *trials], key=lambda trial: trial.img_per_s)
+            speedup = fastest.img_per_s / before.img_per_s
+            if speedup > MIN_GAIN:
+                plan.best = fastest
+                plan.gains.append((f"{name}={fastest.settings[name]}", speedup))
+        b = cfg.batch_size
+        for batch_size in sorted({max(2, b // 2), 2 * b, 4 * b} - {b}):
+            trial = self.take(cfg, device, {**plan.best.settings, "batch_size": batch_size})
+            if trial.img_per_s:
+                plan.batch_sizes.append(trial)
+            elif batch_size > b:
+                break  # larger ones need more memory still
+        return plan
+
+    def take(self, cfg: TrainConfig, device: torch.device, settings: Settings) -> Trial:
+        """Measure one candidate and print its row; it is skipped where time or memory is short."""
+        trial = Trial(settings, note=self._reason_to_skip(device, settings))
+        if not trial.note:
+            try:
+                trial = self.measure(cfg, device, settings)
+            except (RuntimeError, MemoryError) as e:
+                reason = f"does not run: {first_line(e)}"
+                trial = replace(trial, note="out of memory" if is_out_of_memory(e) else reason)
+        if trial.img_per_s:
+            self.trials.append(trial)
+        print(_row(trial), flush=True)
+        return trial
+
+    def measure(self, cfg: TrainConfig, device: torch.device, settings: Settings) -> Trial:
+        """Time steps of the run of `cfg` with `settings`."""
+        with self._open(cfg, device, settings) as subject:
+            return self._time(subject, settings, self.steps)
+
+    @contextmanager
+    def _open(
+        self, cfg: TrainConfig, device: torch.device, settings: Settings
+    ) -> Iterator[BenchmarkRun]:
+        cfg = replace(cfg, **settings)
+        prepare_process(device, cfg.precision, cfg.threads, cfg.deterministic)
+        hardware.reset_peak(device)
+        with open_benchmark_run(cfg, device, cfg.precision) as subject:
+            yield subject
+
+    def _time(self, subject: BenchmarkRun, settings: Settings, steps: int) -> Trial:
+        run, is_first = subject.run, not self.trials
+        micro_batches = run.objective.micro_batches
+        count = micro_batches.count
+        first_s = subject.first_steps()
+        if settings["compile"] == "false" and self._is_hopeless(first_s, settings):
+            return Trial(settings, note=f"skipped: the first step took {first_s:.1f} s")
+        seconds_per_step = subject.seconds_per_step(0 if is_first else self.seconds, steps)
+        memory_gb = hardware.peak_gb(run.device) or hardware.host_peak_gb()
+        has_split = micro_batches.count > count
+        note = f"{micro_batches.count} micro-batches" if has_split else ""
+        rate = subject.batch_size / seconds_per_step
+        return Trial(settings, rate, memory_gb, first_s, note)
+
+    def _is_hopeless(self, first_s: float, settings: Settings) -> bool:
+        """Return whether a trial starts so slowly that the rest is not worth the time."""
+        size = settings["batch_size"]
+        known = [t.first_s for t in self.trials[1:] if t.settings["batch_size"] == size]
+        return bool(known) and first_s > 1 + 3 * min(known)
+
+    def _reason_to_skip(self, device: torch.device, settings: Settings) -> str:
+        """Return why a trial would take too much time or memory; '' where it would not."""
+        batch_size, last = settings["batch_size"], self.trials[-1]
+        growth = max(1, batch_size / last.settings["batch_size"])
+        seconds = last.first_s * growth + max(self.seconds, 6 * batch_size / last.img_per_s)
+        is_late = time.perf_counter() + seconds > self._deadline
+        if is_late and len(self.trials) > 1:  # the chosen settings are always tried
+            return "skipped: out of time"
+        needed, available = self._needed_gb(batch_size), self._available_gb(device)
+        if needed <= MAX_MEMORY * available:
+            return ""
+        return f"skipped: needs about {needed:.1f} of {available:.1f} GB"
+
+    def _needed_gb(self, batch_size: int) -> float:
+        """Extrapolate the memory of a trial from the largest batch so far; 0 up to it."""
+        known = {t.settings["batch_size"]: t.memory_gb for t in self.trials}
+        smallest, largest = min(known), max(known)
+        if batch_size <= largest:
+            return 0.0
+        if smallest == largest:  # the least that it could be
+            return known[largest] * batch_size / largest / 4
+        growth = max(0.0, known[largest] - known[smallest]) / (largest - smallest)
+        return known[largest] + growth * (batch_size - largest)
+
+    def _available_gb(self, device: torch.device) -> float:
+        """Return the memory that this process could have in all."""
+        if self.memory_gb is not None:
+            return self.memory_gb
+        if device.type == "cuda":
+            free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+            return (free + reserved) / 1e9
+        return hardware.host_memory_gb()[1] + hardware.resident_gb()
 
 
-def host_peak_gb() -> float | None:
-    """The most memory that this process held: since `release` on Linux, since its start elsewhere, None on Windows."""
-    if _STATUS.exists():
-        line = next((x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM")), "")
-        if line:
-            return int(line.split()[1]) * 1024 / 1e9
-    if resource is None:
-        return None
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+def settings_of(cfg: TrainConfig) -> Settings:
+    """Return those settings of a config that trials vary."""
+    return {name: getattr(cfg, name) for name in ("precision", "threads", "compile", "batch_size")}
 
 
-def release(device: torch.device) -> None:
-    """Give unused memory back and count its peak anew, so that what comes next is measured for itself."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    if platform.system() == "Linux":
-        with contextlib.suppress(AttributeError):  # musl has no such call
-            ctypes.CDLL(None).malloc_trim(0)
-        with contextlib.suppress(OSError):  # a container may forbid it
-            _CLEAR.write_text("5")
+def candidates(cfg: TrainConfig, device: torch.device, cores: int) -> dict[str, list[Any]]:
+    """Return other values of precision, threads and compile that could be faster on a device."""
+    names = ["bf16", "tf32", "fp32"] if device.type == "cuda" else ["bf16", "fp32"]
+    if device.type == "cuda" and cfg.parallel != "fsdp":
+        names.append("fp16")
+    precisions = []
+    for name in names:
+        with contextlib.suppress(UserError):  # the device does not have it
+            precisions.append(pick_precision(name, device))
+    # On a CPU, compiling takes minutes and gains nothing.
+    can_compile = device.type == "cuda" and not missing_compiler(device)
+    values: dict[str, list[Any]] = {
+        "precision": precisions,
+        "threads": sorted({max(1, cores // 2), cores}) if device.type == "cpu" else [],
+        "compile": ["false", "true"] if can_compile else [],
+    }
+    return {name: [v for v in vs if v != getattr(cfg, name)] for name, vs in values.items()}
 
 
-def device_name(device: torch.device) -> str:
-    """The maker's name of a GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if _CPUINFO.exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in _CPUINFO.read_text().splitlines()
-            if "model name" in line
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+def _row(trial: Trial) -> str:
+    """Return a trial as a row under _HEADER, at most 80 columns wide."""
+    settings = trial.settings
+    compiled = "yes" if settings["compile"] == "true" else "no"
+    row = f"{settings['precision']:<10}{settings['threads']:>7}{compiled:>10}"
+    row += f"{settings['batch_size']:>7}"
+    if trial.img_per_s:
+        row += f"{trial.img_per_s:>9,.0f}{trial.memory_gb:>7.2f} GB{trial.first_s:>10.1f} s"
+    return f"{row}  {trial.note}".rstrip()[:80]

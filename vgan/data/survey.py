@@ -1,4 +1,4 @@
-"""What a data set holds, before it is trained on: sizes, modes, formats, classes, unreadable pictures, duplicates."""
+"""Surveys of data sets before training: sizes, formats, classes, unreadable images, duplicates."""
 
 import hashlib
 from collections import Counter
@@ -12,89 +12,86 @@ from vgan.data.source import BadImage, Source, read_in_order
 
 @dataclass
 class Survey:
-    """What was found among the pictures that were looked at."""
+    """Findings among the images that were examined."""
 
-    looked_at: int
-    bad: list[str] = field(default_factory=list)  # name (reason) of what cannot be read
-    small: list[str] = field(default_factory=list)  # name (width x height) of what must be enlarged
-    duplicates: list[list[str]] = field(
-        default_factory=list
-    )  # groups of names, equal as training sees them
+    examined: int
+    bad: list[str] = field(default_factory=list)  # name (reason) of unreadable images
+    small: list[str] = field(default_factory=list)  # name (width x height) of enlarged images
+    duplicates: list[list[str]] = field(default_factory=list)  # groups of names
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) in px
     modes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    labels: dict[int, int] = field(default_factory=dict)  # item -> class of all that can be read
-    digest: str = ""  # of the packed data, if all was looked at
+    labels: dict[int, int] = field(default_factory=dict)  # item -> class, of readable images
+    digest: str = ""  # of the packed data; empty unless all images were examined
 
     @property
     def good(self) -> int:
-        """How many pictures can be read."""
-        return self.looked_at - len(self.bad)
+        """The number of readable images."""
+        return self.examined - len(self.bad)
 
     def per_class(self, label_dim: int) -> list[int]:
-        """How many readable pictures each of label_dim classes has."""
+        """Return the number of readable images of each of label_dim classes."""
         counts = Counter(self.labels.values())
         return [counts[label] for label in range(label_dim)]
 
     @property
     def copies(self) -> int:
-        """How many pictures could be removed and none would be missing."""
+        """The number of images that could be removed without losing a distinct one."""
         return sum(len(group) - 1 for group in self.duplicates)
 
 
 def evenly(count: int, most: int) -> Sequence[int]:
-    """At most `most` of the items 0 .. count - 1, evenly spaced, the first and the last among them."""
-    return (
-        range(count)
-        if count <= most
-        else np.linspace(0, count - 1, most).round().astype(int).tolist()
-    )
+    """Return at most `most` of the items 0 .. count - 1, evenly spaced from first to last."""
+    if count <= most:
+        return range(count)
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
 def survey(source: Source, most: int | None = None) -> Survey:
-    """Read all pictures of a source, or `most` of them, and say what they are. Takes as long as packing; writes nothing.
+    """Read all images of a source, or `most` of them. Takes as long as packing; writes nothing.
 
-    Two pictures are duplicates where no pixel differs after they became squares of the resolution, whatever their files are.
+    Two images are duplicates where all pixels are equal after cropping and resizing.
     """
     items = range(len(source)) if most is None else evenly(len(source), most)
     found = Survey(len(items))
-    packed, same = hashlib.sha256(), _Same()
-    for i, item in zip(items, read_in_order(source.examine, items, "looking")):
+    packed, groups = hashlib.sha256(), _Groups()
+    for i, item in zip(items, read_in_order(source.examine, items, "reading")):
         if isinstance(item, BadImage):
             found.bad.append(str(item))
             continue
         content = item.pixels.tobytes()
         packed.update(content)
-        same.add(item.name, content)
+        groups.add(item.name, content)
         found.labels[i] = item.label
         found.sizes[item.size] += 1
         found.modes[item.mode] += 1
         found.formats[item.format] += 1
         if min(item.size) < source.img_resolution:
             found.small.append(f"{item.name} ({item.size[0]} x {item.size[1]})")
-    found.duplicates = same.groups()
-    if len(items) == len(source):  # as the store works it out
+    found.duplicates = groups.duplicates()
+    if len(items) == len(source):  # the same digest as in vgan.data.packed
         packed.update(np.array(list(found.labels.values()), dtype=np.int64).tobytes())
         found.digest = packed.hexdigest()
     return found
 
 
-def duplicates(images: Iterable[np.ndarray]) -> list[list[str]]:
-    """Groups of pictures without any difference, by their numbers."""
-    same = _Same()
+def find_duplicates(images: Iterable[np.ndarray]) -> list[list[str]]:
+    """Return groups of equal images, as 'image 0' and so on."""
+    groups = _Groups()
     for i, image in enumerate(images):
-        same.add(f"picture {i}", image.tobytes())
-    return same.groups()
+        groups.add(f"image {i}", image.tobytes())
+    return groups.duplicates()
 
 
-class _Same:
-    """Names by the digest of their pixels: 16 bytes a picture, whatever its size."""
+class _Groups:
+    """Names grouped by the digest of their pixels: 16 bytes per image of any size."""
 
     def __init__(self) -> None:
         self._names: dict[bytes, list[str]] = {}
 
     def add(self, name: str, content: bytes) -> None:
-        self._names.setdefault(hashlib.blake2b(content, digest_size=16).digest(), []).append(name)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        self._names.setdefault(digest, []).append(name)
 
-    def groups(self) -> list[list[str]]:
+    def duplicates(self) -> list[list[str]]:
         return [names for names in self._names.values() if len(names) > 1]

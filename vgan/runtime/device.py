@@ -1,11 +1,10 @@
-"""Which device, which arithmetic, and the settings of the process that make it quick."""
+"""Device, precision and process-wide performance settings."""
 
 import contextlib
 import ctypes
 import importlib.util
 import os
 import platform
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,52 +16,36 @@ from vgan.runtime.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the first accelerator there is, else the CPU. Raises UserError where `name` cannot be had."""
+    """Return the named device; 'auto' is the first accelerator, or the CPU without one.
+
+    Raises UserError where torch cannot use it.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if cuda and world_size() > 1 and name in ("auto", "cuda"):
         name = f"cuda:{local_rank()}"
     if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        name = "cuda" if cuda else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
+        is_known = device.type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        is_known = False
+    if not is_known:
         raise UserError(f"device={name}: unknown; use auto, cpu, cuda, cuda:1 or mps")
-    if device.type == "cuda" and not cuda:
-        raise UserError(
-            f"device={name}: this machine has no CUDA GPU that torch can use; leave device=auto"
-        )
+    for kind, maker, is_usable in (("cuda", "CUDA", cuda), ("mps", "Apple", mps)):
+        if device.type == kind and not is_usable:
+            lacks = f"this machine has no {maker} GPU that torch can use"
+            raise UserError(f"device={name}: {lacks}; leave device=auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
         raise UserError(
-            f"device={name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0"
-        )
-    if device.type == "mps" and not mps:
-        raise UserError(
-            f"device={name}: this machine has no Apple GPU that torch can use; leave device=auto"
+            f"device={name}: this machine has {count} GPU(s), numbered from 0; leave device=auto"
         )
     return device
 
 
-def hardware(device: torch.device) -> str:
-    """What the device is called by its maker, and on a CPU how many threads work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name, table = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if table.is_file() and (
-        found := re.search(r"^model name\s*:\s*(.+)$", table.read_text(errors="replace"), re.M)
-    ):
-        name = found[1]
-    threads = torch.get_num_threads()
-    return (
-        f"{name}, {threads} thread{'s' * (threads > 1)}"
-        if device.type == "cpu"
-        else f"{name}, {device.type}"
-    )
-
-
 def pick_precision(name: str, device: torch.device) -> str:
-    """'auto' is bf16 where the hardware multiplies it fast, fp16 on older GPUs, fp32 otherwise.
+    """Return the named precision; 'auto' is bf16 where it is fast, fp16 on older GPUs, else fp32.
 
     Raises UserError for a precision that the device does not have.
     """
@@ -70,96 +53,89 @@ def pick_precision(name: str, device: torch.device) -> str:
         fast_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
         if name in ("bf16", "tf32") and not fast_bf16:
             raise UserError(f"precision={name}: this GPU is too old for it; use fp16 or fp32")
-        return ("bf16" if fast_bf16 else "fp16") if name == "auto" else name
-    if name in ("fp16", "tf32"):
-        raise UserError(
-            f"precision={name}: needs a CUDA GPU, the device is {device.type}; use auto, fp32 or bf16"
-        )
-    if name == "auto":
-        return "bf16" if device.type == "cpu" and cpu_multiplies_bf16() else "fp32"
-    return name
+        auto = "bf16" if fast_bf16 else "fp16"
+    else:
+        if name in ("fp16", "tf32"):
+            rule = f"needs a CUDA GPU, the device is {device.type}"
+            raise UserError(f"precision={name}: {rule}; use auto, fp32 or bf16")
+        auto = "bf16" if device.type == "cpu" and has_fast_bf16() else "fp32"
+    return auto if name == "auto" else name
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether the processor has bf16 products of its own (AVX-512 BF16 or AMX); emulated ones are slower than float32."""
-    capabilities = torch.backends.cpu.get_cpu_capability
-    if capabilities() != "AVX512":
+def has_fast_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 (AVX-512 BF16, AMX); emulation is slower than fp32."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def pick_compile(name: str, device: torch.device) -> bool:
-    """Whether to compile. 'auto' does on CUDA: on a CPU it was measured slower than plain torch.
+    """Return whether to compile; 'auto' compiles on CUDA only, since CPUs were slower compiled.
 
-    Where a compiler is missing, says so in one line, once, and the run goes on without.
+    Prints one line and returns False where a compiler is missing.
     """
     choice = name.lower()
     if choice == "false" or (choice == "auto" and device.type != "cuda"):
         return False
     if missing := missing_compiler(device):
-        print0(
-            f"compile={name}: not compiled, which costs speed only, as this machine lacks {missing}"
-        )
+        print0(f"compile={name}: not compiled, this machine lacks {missing}; only speed is lost")
         return False
     return True
 
 
 def pick_depthwise(name: str, device: torch.device) -> str:
-    """'torch' or 'triton'. 'auto' is torch until the Triton kernel has been measured to make whole steps faster.
+    """Return 'torch' or 'triton'; 'auto' is torch: whole steps were not faster with Triton.
 
-    Raises UserError where Triton is asked for and cannot run.
+    Raises UserError where 'triton' cannot run.
     """
     if name != "triton":
         return "torch"
     if device.type != "cuda":
-        raise UserError(
-            f"depthwise=triton: needs a CUDA GPU, the device is {device.type}; use auto"
-        )
+        rule = f"needs a CUDA GPU, the device is {device.type}"
+        raise UserError(f"depthwise=triton: {rule}; use auto")
     if missing := missing_compiler(device):
         raise UserError(f"depthwise=triton: this machine lacks {missing}; use auto")
     return "triton"
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile would need for this device and cannot find; None where nothing is missing."""
+    """Return what torch.compile needs for this device and cannot find; None if nothing."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton (pip install triton)"
-    # Triton builds its launchers with a C compiler, the CPU's kernels are C++.
-    variable, names = (
-        ("CC", ("cc", "gcc", "clang"))
-        if device.type == "cuda"
-        else ("CXX", ("c++", "g++", "clang++", "cl"))
-    )
-    if any(shutil.which(name) for name in (os.environ.get(variable), *names) if name):
+    if device.type == "cuda":  # Triton builds its launchers in C
+        language, variable, names = "C", "CC", ["cc", "gcc", "clang"]
+    else:
+        language, variable, names = "C++", "CXX", ["c++", "g++", "clang++", "cl"]
+    commands = [os.environ.get(variable) or names[0], *names]
+    if any(shutil.which(command) for command in commands):
         return None
-    return f"a {'C' if variable == 'CC' else 'C++'} compiler ({names[1]})"
+    return f"a {language} compiler ({names[1]})"
 
 
 def keep_compiled(folder: Path) -> None:
-    """Let torch.compile keep what it makes in `folder`, for the next run, unless the environment names another place."""
+    """Let torch.compile cache its results in `folder`, unless the environment names another."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context in which forward passes run; matrix products are in bf16 or fp16, weights and losses stay float32."""
-    if precision in ("bf16", "fp16"):
-        return torch.autocast(
-            device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16
-        )
+    """Return the context of forward passes: bf16 or fp16 products, float32 weights and losses."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision in dtypes:
+        return torch.autocast(device.type, dtype=dtypes[precision])
     return contextlib.nullcontext()
 
 
 def prepare_process(
     device: torch.device, precision: str, threads: int, deterministic: bool = False
 ) -> None:
-    """Settings of the whole process for a run: threads, tf32, cuDNN's search, memory that is kept between steps.
+    """Set threads, TF32, cuDNN's search and memory reuse for the whole process.
 
-    deterministic: kernels that repeat bit for bit only; what has no such kernel raises RuntimeError where it is called.
+    deterministic: allow only kernels that repeat bit for bit; operations without one raise
+    RuntimeError. threads: 0 leaves torch's choice.
     """
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # must be set before cuBLAS starts
+        # Read when cuBLAS starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if threads > 0:
         torch.set_num_threads(threads)
@@ -167,18 +143,17 @@ def prepare_process(
         tf32 = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = (
-            not deterministic
-        )  # the quickest kernel may differ from run to run
+        # The search may choose another kernel in every run.
+        torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cpu":
         keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory instead of returning it to the kernel after every operation.
+    """Let glibc keep freed memory instead of returning it to the kernel after every operation.
 
-    Feature maps of some MiB are otherwise mapped anew, and paged in anew, by every layer of every step. Measured on two CPU
-    cores, float32: the generator's forward pass at batch 64 went from 72 ms to 13 ms. Only glibc has the switch.
+    Otherwise every layer maps its features again, page by page. Measured on two CPU cores in
+    float32: the generator's forward pass at batch 64 went from 72 ms to 13 ms.
     """
     if platform.system() != "Linux":
         return
@@ -186,5 +161,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl
         return
-    mallopt(-4, 0)  # M_MMAP_MAX: never a mapping of its own for a large block
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the top of the heap
+    mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep free memory at the top of the heap
