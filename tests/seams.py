@@ -11,6 +11,7 @@ import pytest
 import vgan.runtime.files
 import vgan.training.setup
 import vgan.training.train
+from vgan.data.shards import Retries
 from vgan.runs import checkpoint
 from vgan.training.monitor import HoldoutLogits, PeriodicEvaluation, SampleGrid
 
@@ -109,3 +110,8 @@ def replace_open(opener: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
 def replace_disk_usage(usage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what checkpoints ask for the free space."""
     monkeypatch.setattr("shutil.disk_usage", usage)
+
+
+def replace_pause(pause: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pause(closed, seconds) wait before shards are read again; it returns closed.is_set()."""
+    monkeypatch.setattr(Retries, "pause", staticmethod(pause))

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from vgan.config import TrainConfig
-from vgan.data.webdataset import Interrupted
+from vgan.data.webdataset import LoadingCancelled
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runtime.device import pick_device, pick_precision, prepare_process
@@ -93,7 +93,10 @@ def loop(run: Run, evaluation: PeriodicEvaluation | None, stop: StopRequest) -> 
                 if now_due.evaluation:
                     monitor.evaluate()
                 writer.poll()
-        except (Interrupted, DataError) as e:  # raised between two steps, where the state is sound
+        except (
+            LoadingCancelled,
+            DataError,
+        ) as e:  # raised between two steps, where the state is sound
             if world_size() == 1 and state.cur_nimg > 0:  # saving takes all processes
                 save(run, writer)
             if isinstance(e, DataError):
