@@ -30,8 +30,8 @@ from vgan.evaluation.evaluator import make_evaluator
 from vgan.evaluation.shapes_oracle import Oracle, score_samples
 from vgan.inference.latents import draw
 from vgan.inference.load import drawing_precision, load_generator
-from vgan.training.summary import count_multiply_adds, count_parameters
 from vgan.runtime.device import pick_device
+from vgan.training.summary import count_multiply_adds, count_parameters
 
 RUNGS = ("plain", "conv", "sep", "attn", "adaptive")
 # Tanh saturates at the others' rate: after 4,000 images of the embedded shapes plain's pictures were white, its gradient 0

@@ -195,7 +195,7 @@ def test_problems_of_the_data(run: Cli, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "p" / "many" / "bad.png").write_text("no picture")
     code, out, _ = run(cli.doctor_main, *argv)
     assert code == 1
-    assert any("1 unreadable picture(s): many/bad.png" in p for p in problems(out))
+    assert any("1 unreadable image(s): many/bad.png" in p for p in problems(out))
     assert "img/s" not in out
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vgan.data.preprocess import MOST_BYTES, examine_file
 from vgan.data.shards import (
     UNKNOWN,
     Identity,
@@ -29,15 +30,7 @@ from vgan.data.shards import (
     protocol_of,
     read_members,
 )
-from vgan.data.source import (
-    MOST_BYTES,
-    BadImage,
-    Dataset,
-    Examined,
-    Source,
-    check_image_settings,
-    examine_file,
-)
+from vgan.data.source import BadImage, Dataset, Examined, Source, check_image_settings
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import to_float
 from vgan.runtime.rng import permute

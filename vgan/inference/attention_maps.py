@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from vgan.models.attention import AdaptiveAttention2d, GatedSelfAttention
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import GeneratorBase
-from vgan.models.attention import AdaptiveAttention2d, GatedSelfAttention
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import enlarge, to_float, to_uint8
