@@ -14,6 +14,7 @@ import vgan.runtime.device
 import vgan.runtime.files
 import vgan.training.setup
 import vgan.training.train
+from vgan.data.shards import Retries
 from vgan.runs import checkpoint
 from vgan.training.monitor import HoldoutLogits, PeriodicEvaluation, SampleGrid
 
@@ -147,3 +148,8 @@ def fake_compiler(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vgan.apps.examine, "missing_compiler", lambda device: None)
     monkeypatch.setattr(vgan.apps.examine, "keep_compiled", lambda folder: None)
     monkeypatch.setattr(vgan.runtime.device, "pick_compile", lambda name, device: False)
+
+
+def replace_pause(pause: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pause(closed, seconds) wait before shards are read again; it returns closed.is_set()."""
+    monkeypatch.setattr(Retries, "pause", staticmethod(pause))

@@ -25,7 +25,7 @@ from vgan import cli, load_generator
 from vgan.config import TrainConfig, explained_keys
 from vgan.data.folder import Folder
 from vgan.data.packed import pack
-from vgan.data.source import MOST_BYTES
+from vgan.data.preprocess import MOST_BYTES
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 
@@ -199,7 +199,7 @@ def test_a_link_to_nothing_and_a_link_in_a_circle(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / "sub" / f"{i}.png")
     (folder / "gone.png").symlink_to(tmp_path / "nothing.png")
     (folder / "sub" / "again").symlink_to(folder)
-    with pytest.raises(UserError, match=r"1 unreadable picture\(s\): gone.png"):
+    with pytest.raises(UserError, match=r"1 unreadable image\(s\): gone.png"):
         pack(Folder(str(folder), 16), tmp_path / "cache")
     assert len(pack(Folder(str(folder), 16, skip_bad=True), tmp_path / "cache")) == 3
 
@@ -229,7 +229,7 @@ def test_single_bad_pictures_are_named(tmp_path: Path, kind: str) -> None:
     if kind == "torn":
         at = content.rindex(b"bad.png", 0, content.rindex(b"PK\x01\x02")) + 20
         path.write_bytes(content[:at] + b"\xff\xff\xff" + content[at + 3 :])
-    with pytest.raises(UserError, match=r"1 unreadable picture\(s\): bad.png"):
+    with pytest.raises(UserError, match=r"1 unreadable image\(s\): bad.png"):
         pack(Folder(str(path), 16), tmp_path / "cache")
 
 
