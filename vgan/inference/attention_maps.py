@@ -213,7 +213,3 @@ def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
     return np.asarray(sheet)
 
 
-attention_maps = look
-patch_logits = verdicts
-attention_grid = attention_sheet
-patch_logits_grid = verdict_sheet
