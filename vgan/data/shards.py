@@ -9,10 +9,10 @@ import json
 import os
 import ssl
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import urlparse
 
@@ -44,6 +44,9 @@ class LoadingCancelled(Exception):
     """Reading ended early because the loader was closed or the run was asked to stop."""
 
 
+_FINAL = (UserError, LoadingCancelled)  # errors that no further attempt mends
+
+
 class Identity(NamedTuple):
     """Size and version of a shard; "" where a file system does not report one."""
 
@@ -70,8 +73,8 @@ def expand_urls(urls: str) -> list[str]:
         if not protocol_of(url) and not Path(url).is_file():
             fix = "{0000..0099} stands for numbers of four digits"
             raise UserError(f"data.urls={urls}: no such file {url}; {fix}")
-    for url in {protocol_of(url): url for url in expanded}.values():
-        file_system(url)  # raises where its client is not installed
+        if protocol_of(url):
+            file_system(url)  # raises where its client is not installed
     return expanded
 
 
@@ -143,18 +146,20 @@ class Retries:
     `closed` was set.
     """
 
-    pause = staticmethod(threading.Event.wait)
+    pause = staticmethod(Event.wait)
 
     def __init__(self) -> None:
         self._waiting: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
-    def __call__(self, url: str, read: Callable[[], T], closed: threading.Event) -> T:
+    def __call__(self, url: str, read: Callable[[], T], closed: Event) -> T:
         """Return read(); raise UserError if it keeps failing, LoadingCancelled once closed."""
         # Each file system raises errors of its own client, so no list of types is complete.
         retrying = Retrying(
-            retry=retry_if_exception(_is_read_error),
-            stop=lambda state: state.attempt_number >= _attempts(state),
+            retry=retry_if_exception(
+                lambda e: isinstance(e, Exception) and not isinstance(e, _FINAL)
+            ),
+            stop=_is_last_attempt,
             wait=wait_exponential(max=MAX_PAUSE_S),
             sleep=partial(self._sleep, closed),
             before_sleep=partial(self._report, url),
@@ -164,7 +169,7 @@ class Retries:
         self._waiting.discard(url)
         return result
 
-    def _sleep(self, closed: threading.Event, seconds: float) -> None:
+    def _sleep(self, closed: Event, seconds: float) -> None:
         if self.pause(closed, seconds):
             raise LoadingCancelled
 
@@ -178,12 +183,9 @@ class Retries:
             self._waiting.add(url)
 
 
-def _is_read_error(e: BaseException) -> bool:
-    return isinstance(e, Exception) and not isinstance(e, (UserError, LoadingCancelled))
-
-
-def _attempts(state: RetryCallState) -> int:
-    return OUTAGE_ATTEMPTS if is_temporary(_error(state)) else ATTEMPTS
+def _is_last_attempt(state: RetryCallState) -> bool:
+    attempts = OUTAGE_ATTEMPTS if is_temporary(_error(state)) else ATTEMPTS
+    return state.attempt_number >= attempts
 
 
 def _error(state: RetryCallState) -> BaseException:
@@ -210,28 +212,26 @@ class ShardCounts:
     local file or one request, for shards that are skipped, once in a process.
     """
 
-    def __init__(
-        self, folder: Path, urls: list[str], identify: Callable[[str, threading.Event], Identity]
-    ) -> None:
+    def __init__(self, folder: Path, urls: list[str], identify: Callable[[str], Identity]) -> None:
         name = hashlib.sha256(repr(urls).encode()).hexdigest()[:16]
         self._path = folder / f"shards-{name}.json"
-        self._identify, self._lock = identify, threading.Lock()
+        self._identify, self._lock = identify, Lock()
         self._known: dict[str, tuple[int, str, str]] = {}
         # A file that is missing or damaged costs some reading.
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             rows = json.loads(self._path.read_text(encoding="utf-8"))
             self._known = {url: (int(n), str(a), str(b)) for url, (n, a, b) in rows.items()}
 
-    def get(self, url: str, closed: threading.Event) -> int | None:
+    def get(self, url: str) -> int | None:
         """Return the number of images of a shard, None if it is not known."""
         if url not in self._known:
             return None
         count, *known = self._known[url]
-        return count if Identity(*known).matches(self._identify(url, closed)) else None
+        return count if Identity(*known).matches(self._identify(url)) else None
 
-    def put(self, url: str, count: int, closed: threading.Event) -> None:
+    def put(self, url: str, count: int) -> None:
         """Keep the number of images of a shard that was just read to its end."""
-        row = (count, *self._identify(url, closed))
+        row = (count, *self._identify(url))
         with self._lock:
             if self._known.get(url) != row:
                 self._known[url] = row
@@ -266,8 +266,8 @@ class TarStream:
         data: bytes = self._file.read(size)
         if not data:
             raise _EndOfShard("it ends too early")
-        if filled := len(data.rstrip(b"\0")):
-            self._filled = self._count + filled
+        filled = len(data.rstrip(b"\0"))
+        self._filled = self._count + filled if filled else self._filled
         self._count += len(data)
         return data
 
@@ -314,12 +314,7 @@ def read_members(url: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes
         with opened as archive:
             for member in archive:
                 vars(archive).update(members=[], pax_headers={})  # or they would add up
-                if member.isreg():
-                    yield member, partial(_content, archive, member)
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is not None:
+                    yield member, content.read
             stream.check_end(archive.offset)
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # a regular file
-    return file.read()

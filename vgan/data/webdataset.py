@@ -4,13 +4,13 @@ import hashlib
 import math
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +83,7 @@ class Shards(Source):
         self.label_names = tuple(str(i) for i in range(classes))
         self.urls = shards.expand_urls(urls)
         self._count = sample
-        self._first: list[Sample | Examined] = []
+        self._first: list[Sample | Examined | BadImage] = []
         self._identities: dict[str, Identity] = {}  # as last seen by this process
         self._retries = Retries()
 
@@ -96,6 +96,8 @@ class Shards(Source):
 
     def examine(self, i: int) -> Examined:
         sample = self._first_samples()[i]
+        if isinstance(sample, BadImage):
+            raise sample
         return self.decode(sample) if isinstance(sample, Sample) else sample
 
     def fingerprint(self) -> str:
@@ -107,29 +109,23 @@ class Shards(Source):
         images = (self.img_resolution, self.img_channels, self.label_names)
         settings = (self.urls, *images, self._count, self.skip_bad)
         sizes = [os.path.getsize(url) for url in self.urls if not shards.protocol_of(url)]
-        closed = threading.Event()
-        with ThreadPoolExecutor(_IDENTIFIED) as pool:
-            try:
-                found = pool.map(lambda url: self.identity(url, closed), self.urls[:_IDENTIFIED])
-                identities = [tuple(x) for x in found]
-            finally:
-                closed.set()  # or Ctrl-C would wait as long as the threads do
+        identities = [tuple(self.identity(url, Event())) for url in self.urls[:_IDENTIFIED]]
         return hashlib.sha256(repr((settings, sizes, identities)).encode()).hexdigest()
 
-    def identity(self, url: str, closed: threading.Event) -> Identity:
+    def identity(self, url: str, closed: Event) -> Identity:
         """Return a shard's identity as this process last saw it; waits and raises as `samples`."""
         if url not in self._identities:
             look = partial(shards.identity, url)
             self._identities[url] = self._retries(url, look, closed)
         return self._identities[url]
 
-    def samples(self, url: str, closed: threading.Event | None = None) -> Iterator[Sample]:
+    def samples(self, url: str, closed: Event | None = None) -> Iterator[Sample]:
         """Yield all images of a shard in their order.
 
         Temporary failures are retried for minutes. Raises UserError for those that last and for
         archives that are damaged or cut short, LoadingCancelled once `closed` is set.
         """
-        closed = closed or threading.Event()
+        closed = closed or Event()
         reader = _ShardReader(url, bool(self.label_names), closed)
         while sample := self._retries(url, reader.next, closed):
             yield sample
@@ -144,7 +140,7 @@ class Shards(Source):
             raise BadImage(name, f"over {MOST_BYTES / 1e6:.0f} MB")
         return examine_file(name, content, self.img_resolution, self.img_channels, label)
 
-    def _first_samples(self) -> list[Sample | Examined]:
+    def _first_samples(self) -> list[Sample | Examined | BadImage]:
         if not self._first:
             everything = (sample for url in self.urls for sample in self.samples(url))
             size = 0
@@ -153,18 +149,18 @@ class Shards(Source):
                 self._first.append(sample if size <= _MAX_ENCODED else self._shrink(sample))
         return self._first
 
-    def _shrink(self, sample: Sample) -> Sample | Examined:
-        """Decode an image now instead of in the threads that pack it, as it takes less memory."""
+    def _shrink(self, sample: Sample) -> Examined | BadImage:
+        """Decode an image now, not in the threads that pack it, since pixels take less memory."""
         try:
             return self.decode(sample)
-        except BadImage:
-            return sample
+        except BadImage as bad:
+            return bad
 
 
 class _ShardReader:
     """The images of one shard in their order, which can be read on after a failure."""
 
-    def __init__(self, url: str, has_labels: bool, closed: threading.Event) -> None:
+    def __init__(self, url: str, has_labels: bool, closed: Event) -> None:
         self._url, self._has_labels, self._closed = url, has_labels, closed
         self._count = 0  # images returned so far
         self._samples: Iterator[Sample] | None = None
@@ -180,10 +176,10 @@ class _ShardReader:
 
     def _open(self) -> Iterator[Sample]:
         now = shards.identity(self._url)
-        if self._count and not Identity(now.size, "").matches(self.identity):
+        if self._count and now.size != self.identity.size:
             fix = "run the same command to resume"
             raise UserError(f"data.urls: {self._url} was changed while it was read; {fix}")
-        self.identity = self.identity if self._count else now
+        self.identity = now
         return islice(self._read(), self._count, None)
 
     def _read(self) -> Iterator[Sample]:
@@ -198,10 +194,10 @@ class _ShardReader:
                 if extension in (*_EXTENSIONS, "cls"):
                     left -= size
                     parts[extension] = read() if left >= 0 else None
-            extensions = [x for x in _EXTENSIONS if x in parts]
-            if extensions:
-                label = self._label(parts.get("cls"))
-                yield Sample(f"{key} of {self._url}", parts[extensions[0]], label)
+            label = (parts.get("cls") or b"").strip() if self._has_labels else b"0"
+            for extension in [x for x in _EXTENSIONS if x in parts][:1]:
+                number = int(label) if label.isdigit() else -1
+                yield Sample(f"{key} of {self._url}", parts[extension], number)
 
     def _files(self) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
         from webdataset.tariterators import base_plus_ext
@@ -213,12 +209,6 @@ class _ShardReader:
             if key is not None and not _RESERVED.match(member.name):
                 yield key, extension.lower(), member.size, read
 
-    def _label(self, text: bytes | None) -> int:
-        if not self._has_labels:
-            return 0
-        text = (text or b"").strip()
-        return int(text) if text.isdigit() else -1
-
 
 class _Stream:
     """An endless stream of the images of every n-th shard, in another order each epoch.
@@ -227,15 +217,9 @@ class _Stream:
     """
 
     def __init__(
-        self,
-        source: Shards,
-        index: int,
-        n: int,
-        seed: int,
-        counts: ShardCounts,
-        closed: threading.Event,
+        self, source: Shards, part: slice, seed: int, counts: ShardCounts, closed: Event
     ) -> None:
-        self._source, self._index, self._n, self._seed = source, index, n, seed
+        self._source, self._part, self._seed = source, part, seed
         self._counts, self._closed = counts, closed
         self._position = -1
         self._images: Iterator[Examined] = iter(())
@@ -260,8 +244,7 @@ class _Stream:
                     raise UserError(f"data: unreadable image: {e}; {fix}") from e
                 bad += 1
                 if bad > _MAX_BAD:
-                    fix = "check data.urls"
-                    raise UserError(f"data: {bad:,} unreadable images in a row; {fix}") from e
+                    raise UserError(f"data.urls: {bad:,} unreadable images in a row") from e
                 continue
             for _ in range(bad + 1):
                 yield image
@@ -272,8 +255,8 @@ class _Stream:
         while True:
             order = permute(torch.arange(len(urls)), len(urls), self._seed, epoch).tolist()
             seen = 0
-            for i in order[self._index :: self._n]:
-                known = self._counts.get(urls[i], self._closed) if start else None
+            for i in order[self._part]:
+                known = self._counts.get(urls[i]) if start else None
                 if known is not None and start >= known:  # the whole shard is skipped
                     start, seen = start - known, seen + known
                     continue
@@ -284,11 +267,11 @@ class _Stream:
                         start -= 1
                     else:
                         yield sample
-                self._counts.put(urls[i], count, self._closed)
+                self._counts.put(urls[i], count)
                 seen += count
             if not seen:
-                share = f"stream {self._index} of {self._n}"
-                raise UserError(f"data.urls: {share} found no image in its shards")
+                part = f"every {self._part.step}th shard from number {self._part.start}"
+                raise UserError(f"data.urls: found no image in {part}; check the shards")
             epoch += 1
 
 
@@ -316,7 +299,7 @@ class ShardLoader:
         source = dataset.stream
         assert isinstance(source, Shards)
         self._dataset, self._device, self._batch_size = dataset, device, batch_size
-        self._closed, self._stop_waiting = threading.Event(), stop_waiting
+        self._closed, self._stop_waiting = Event(), stop_waiting
         n = math.gcd(batch_size, MAX_STREAMS)
         while n > len(source.urls):
             n //= 2
@@ -325,8 +308,10 @@ class ShardLoader:
         first = share[0] * rows
         used = range(first // each, (first + rows - 1) // each + 1)
         self._rows = slice(first - used[0] * each, first - used[0] * each + rows)
-        counts = ShardCounts(cache_dir, source.urls, source.identity)
-        self._streams = [_Stream(source, i, n, seed, counts, self._closed) for i in used]
+        counts = ShardCounts(cache_dir, source.urls, partial(source.identity, closed=self._closed))
+        self._streams = [
+            _Stream(source, slice(i, None, n), seed, counts, self._closed) for i in used
+        ]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"shards-{i}") for i in used]
         self._prefetched: dict[int, list[Future[list[Examined]]]] = {}  # by cur_nimg
         self._one_hot = torch.eye(dataset.label_dim, device=device)
