@@ -309,9 +309,8 @@ def read_members(url: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes
     short, compressed with xz or holds sparse members.
     """
     with open_shard(url) as file:
-        stream = TarStream(file)
-        opened = tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member)
-        with opened as archive:
+        stream: Any = TarStream(file)
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as archive:
             for member in archive:
                 vars(archive).update(members=[], pax_headers={})  # or they would add up
                 content = archive.extractfile(member) if member.isreg() else None

@@ -126,10 +126,26 @@ class Shards(Source):
         archives that are damaged or cut short, LoadingCancelled once `closed` is set.
         """
         closed = closed or Event()
-        reader = _ShardReader(url, bool(self.label_names), closed)
-        while sample := self._retries(url, reader.next, closed):
+        count, now = 0, Identity("", "")
+        opened: Iterator[Sample] | None = None
+
+        def read_next() -> Sample | None:
+            nonlocal count, now, opened
+            samples, opened = opened, None
+            if samples is None:  # at first and after a failure
+                before, now = now, shards.identity(url)
+                if count and now.size != before.size:
+                    fix = "run the same command to resume"
+                    raise UserError(f"data.urls: {url} was changed while it was read; {fix}")
+                samples = islice(_read(url, bool(self.label_names), closed), count, None)
+            sample = next(samples, None)
+            opened = samples  # not reached after a failure
+            count += 1
+            return sample
+
+        while sample := self._retries(url, read_next, closed):
             yield sample
-        self._identities[url] = reader.identity
+        self._identities[url] = now
 
     def decode(self, sample: Sample) -> Examined:
         """Decode an image; raise BadImage."""
@@ -157,64 +173,37 @@ class Shards(Source):
             return bad
 
 
-class _ShardReader:
-    """The images of one shard in their order, which can be read on after a failure."""
+def _read(url: str, has_labels: bool, closed: Event) -> Iterator[Sample]:
+    """Group files by name and extension as webdataset does; read images and labels alone."""
+    for key, files in groupby(_files(url, closed), key=lambda file: file[0]):
+        parts: dict[str, bytes | None] = {}
+        left = MOST_BYTES
+        for _, extension, size, read in files:
+            if extension in parts:
+                raise ValueError(f"{key}.{extension} is there twice")
+            parts[extension] = None
+            if extension in (*_EXTENSIONS, "cls"):
+                left -= size
+                parts[extension] = read() if left >= 0 else None
+        text = (parts.get("cls") or b"").strip() if has_labels else b"0"
+        label = int(text) if text.isdigit() else -1
+        for extension in [x for x in _EXTENSIONS if x in parts][:1]:
+            yield Sample(f"{key} of {url}", parts[extension], label)
 
-    def __init__(self, url: str, has_labels: bool, closed: Event) -> None:
-        self._url, self._has_labels, self._closed = url, has_labels, closed
-        self._count = 0  # images returned so far
-        self._samples: Iterator[Sample] | None = None
-        self.identity = Identity("", "")
 
-    def next(self) -> Sample | None:
-        """Return the next image, None at the end; after a failure the shard is opened again."""
-        samples, self._samples = self._samples or self._open(), None
-        sample = next(samples, None)
-        self._samples = samples  # not reached after a failure
-        self._count += 1
-        return sample
+def _files(url: str, closed: Event) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
+    from webdataset.tariterators import base_plus_ext
 
-    def _open(self) -> Iterator[Sample]:
-        now = shards.identity(self._url)
-        if self._count and now.size != self.identity.size:
-            fix = "run the same command to resume"
-            raise UserError(f"data.urls: {self._url} was changed while it was read; {fix}")
-        self.identity = now
-        return islice(self._read(), self._count, None)
-
-    def _read(self) -> Iterator[Sample]:
-        """Group files by name and extension as webdataset does; read images and labels alone."""
-        for key, files in groupby(self._files(), key=lambda file: file[0]):
-            parts: dict[str, bytes | None] = {}
-            left = MOST_BYTES
-            for _, extension, size, read in files:
-                if extension in parts:
-                    raise ValueError(f"{key}.{extension} is there twice")
-                parts[extension] = None
-                if extension in (*_EXTENSIONS, "cls"):
-                    left -= size
-                    parts[extension] = read() if left >= 0 else None
-            label = (parts.get("cls") or b"").strip() if self._has_labels else b"0"
-            for extension in [x for x in _EXTENSIONS if x in parts][:1]:
-                number = int(label) if label.isdigit() else -1
-                yield Sample(f"{key} of {self._url}", parts[extension], number)
-
-    def _files(self) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
-        from webdataset.tariterators import base_plus_ext
-
-        for member, read in shards.read_members(self._url):
-            if self._closed.is_set():
-                raise LoadingCancelled
-            key, extension = base_plus_ext(member.name)
-            if key is not None and not _RESERVED.match(member.name):
-                yield key, extension.lower(), member.size, read
+    for member, read in shards.read_members(url):
+        if closed.is_set():
+            raise LoadingCancelled
+        key, extension = base_plus_ext(member.name)
+        if key is not None and not _RESERVED.match(member.name):
+            yield key, extension.lower(), member.size, read
 
 
 class _Stream:
-    """An endless stream of the images of every n-th shard, in another order each epoch.
-
-    Reading can start anywhere in it.
-    """
+    """An endless stream of the images of part of the shards, in another order each epoch."""
 
     def __init__(
         self, source: Shards, part: slice, seed: int, counts: ShardCounts, closed: Event
@@ -308,10 +297,10 @@ class ShardLoader:
         first = share[0] * rows
         used = range(first // each, (first + rows - 1) // each + 1)
         self._rows = slice(first - used[0] * each, first - used[0] * each + rows)
-        counts = ShardCounts(cache_dir, source.urls, partial(source.identity, closed=self._closed))
-        self._streams = [
-            _Stream(source, slice(i, None, n), seed, counts, self._closed) for i in used
-        ]
+        identify = partial(source.identity, closed=self._closed)
+        counts = ShardCounts(cache_dir, source.urls, identify)
+        parts = [slice(i, None, n) for i in used]
+        self._streams = [_Stream(source, part, seed, counts, self._closed) for part in parts]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"shards-{i}") for i in used]
         self._prefetched: dict[int, list[Future[list[Examined]]]] = {}  # by cur_nimg
         self._one_hot = torch.eye(dataset.label_dim, device=device)
