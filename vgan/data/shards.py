@@ -2,7 +2,6 @@
 
 import bz2
 import contextlib
-import errno
 import gzip
 import hashlib
 import io
@@ -10,16 +9,15 @@ import json
 import os
 import ssl
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import urlparse
 
 import fsspec
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
-from tenacity.retry import retry_if_not_exception_type
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
@@ -28,50 +26,25 @@ ATTEMPTS = 3  # to read a shard that is damaged or missing
 OUTAGE_ATTEMPTS = 11  # to reach a server: with pauses of 1, 2, 4, ..., 60, 60 s about 5 minutes
 MAX_PAUSE_S = 60
 TIMEOUT_S = 15.0  # a server that sends nothing for so long has failed
-# The protocols that are read through fsspec, and the extra of vgan that installs their client.
-EXTRAS = {
-    "http": "webdataset",
-    "https": "webdataset",
-    "s3": "s3",
-    "gs": "gcs",
-    "hf": "hf",
-    "memory": "webdataset",
-}
+EXTRAS = {"s3": "s3", "gs": "gcs", "hf": "hf"}  # extras of vgan that install clients
+_PROTOCOLS = ("", "http", "https", "memory", *EXTRAS)
 _BLOCK = 4_000_000  # bytes of one request to an object store
 _ENDS = 64 * 1024  # bytes at either end of a file that identify it where nothing else does
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id")  # by which file systems report a version
 _MAX_HEADER = 1_000_000  # bytes of the long names and attributes of one member
-_METADATA_TYPES = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-_PERMANENT = {
-    None,
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-}
-# Names of the errors of aiohttp, botocore, requests and httpx that tell of a failing network.
-_NETWORK_ERRORS = {
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "ConnectionError",
-    "FSTimeoutError",
-    "HTTPClientError",
-    "TimeoutError",
-    "TransportError",
-}
+_METADATA_TYPES = (b"x", b"g", b"X", b"L", b"K")  # tarfile holds such headers in memory
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Names of network errors: of aiohttp (twice), botocore, httpx and fsspec; of Python and requests.
+_NETWORK_ERRORS = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
+_NETWORK_ERRORS |= {"TransportError", "FSTimeoutError", "ConnectionError", "TimeoutError"}
 T = TypeVar("T")
 
 
 class LoadingCancelled(Exception):
     """Reading ended early because the loader was closed or the run was asked to stop."""
+
+
+_FINAL = (UserError, LoadingCancelled)  # errors that no further attempt mends
 
 
 class Identity(NamedTuple):
@@ -86,9 +59,6 @@ class Identity(NamedTuple):
         return all(a == b or not a or not b for a, b in pairs)
 
 
-UNKNOWN = Identity("", "")
-
-
 def expand_urls(urls: str) -> list[str]:
     """Expand braces and `::` as the webdataset library does; raise UserError for bad addresses."""
     try:
@@ -97,19 +67,14 @@ def expand_urls(urls: str) -> list[str]:
         raise UserError("data=webdataset: needs webdataset; pip install 'vgan[webdataset]'") from e
     expanded = [os.path.expanduser(url) for url in expand_urls(urls)]
     for url in expanded:
-        protocol = protocol_of(url)
-        if protocol and protocol not in EXTRAS:
-            raise UserError(
-                f"data.urls={urls}: {url} is neither a path nor an address that begins with "
-                "http://, https://, s3://, gs:// or hf://"
-            )
-        if not protocol and not Path(url).is_file():
-            raise UserError(
-                f"data.urls={urls}: no such file {url}; "
-                "{0000..0099} stands for numbers of four digits"
-            )
-    for url in {protocol_of(url): url for url in expanded}.values():
-        file_system(url)  # raises where its client is not installed
+        if protocol_of(url) not in _PROTOCOLS:
+            rule = "must begin with http://, https://, s3://, gs:// or hf://, or be a path"
+            raise UserError(f"data.urls={urls}: {url} {rule}")
+        if not protocol_of(url) and not Path(url).is_file():
+            fix = "{0000..0099} stands for numbers of four digits"
+            raise UserError(f"data.urls={urls}: no such file {url}; {fix}")
+        if protocol_of(url):
+            file_system(url)  # raises where its client is not installed
     return expanded
 
 
@@ -129,14 +94,10 @@ def file_system(url: str) -> tuple[Any, str]:
 
             timeout = ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}  # proxies
-        if protocol == "s3":
-            options["config_kwargs"] = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
     except ImportError as e:
-        raise UserError(
-            f"data.urls={url}: {protocol}:// needs a client; "
-            f"pip install 'vgan[{EXTRAS.get(protocol, 'webdataset')}]'"
-        ) from e
+        extra = EXTRAS.get(protocol, "webdataset")
+        raise UserError(f"data.urls={url}: needs a client; pip install 'vgan[{extra}]'") from e
 
 
 def open_shard(url: str) -> io.BufferedReader:
@@ -151,7 +112,10 @@ def open_shard(url: str) -> io.BufferedReader:
 def identity(url: str) -> Identity:
     """Return what a shard is now; equal for copies, since times of files do not count."""
     fs, path = file_system(url)
-    info = fs.info(path)
+    try:
+        info = fs.info(path)
+    except FileNotFoundError as e:
+        raise e.__cause__ or e from None  # fsspec's name for every HTTP error
     size = "" if info.get("size") is None else str(info["size"])
     version = next((str(info[k]) for k in _VERSION_KEYS if info.get(k)), "")
     if not version and protocol_of(url) not in ("http", "https"):
@@ -164,17 +128,14 @@ def identity(url: str) -> Identity:
 
 def is_temporary(e: BaseException | None) -> bool:
     """Return whether an error may pass: a server or network is down, nothing missing or damaged."""
-    if isinstance(e, FileNotFoundError) and e.__cause__ is not None:
-        return is_temporary(e.__cause__)  # fsspec reports every failed HTTP request for a size so
-    response = getattr(e, "response", None)
-    for status in (getattr(e, "status", None), getattr(response, "status_code", None)):
-        if isinstance(status, int):
-            return status >= 500 or status in (408, 425, 429)
+    status = getattr(e, "status", None) or getattr(getattr(e, "response", e), "status_code", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 425, 429)
     if isinstance(e, ssl.SSLCertVerificationError):
         return False
     if _NETWORK_ERRORS & {c.__name__ for c in type(e).__mro__}:
         return not isinstance(e, ValueError)
-    return isinstance(e, OSError) and e.errno not in _PERMANENT
+    return isinstance(e, OSError) and e.errno is not None and not isinstance(e, _PERMANENT)
 
 
 class Retries:
@@ -185,18 +146,20 @@ class Retries:
     `closed` was set.
     """
 
-    pause = staticmethod(threading.Event.wait)
+    pause = staticmethod(Event.wait)
 
     def __init__(self) -> None:
         self._waiting: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
-    def __call__(self, url: str, read: Callable[[], T], closed: threading.Event) -> T:
+    def __call__(self, url: str, read: Callable[[], T], closed: Event) -> T:
         """Return read(); raise UserError if it keeps failing, LoadingCancelled once closed."""
-        # What an object store raises is known only to its client: no list of types is complete.
+        # Each file system raises errors of its own client, so no list of types is complete.
         retrying = Retrying(
-            retry=retry_if_exception_type() & retry_if_not_exception_type(_NOT_RETRIED),
-            stop=_is_last,
+            retry=retry_if_exception(
+                lambda e: isinstance(e, Exception) and not isinstance(e, _FINAL)
+            ),
+            stop=_is_last_attempt,
             wait=wait_exponential(max=MAX_PAUSE_S),
             sleep=partial(self._sleep, closed),
             before_sleep=partial(self._report, url),
@@ -206,7 +169,7 @@ class Retries:
         self._waiting.discard(url)
         return result
 
-    def _sleep(self, closed: threading.Event, seconds: float) -> None:
+    def _sleep(self, closed: Event, seconds: float) -> None:
         if self.pause(closed, seconds):
             raise LoadingCancelled
 
@@ -220,25 +183,18 @@ class Retries:
             self._waiting.add(url)
 
 
-_NOT_RETRIED = (UserError, LoadingCancelled)
-
-
-def _error(state: RetryCallState) -> BaseException:
-    error = state.outcome.exception() if state.outcome else None
-    assert error is not None
-    return error
-
-
-def _is_last(state: RetryCallState) -> bool:
+def _is_last_attempt(state: RetryCallState) -> bool:
     attempts = OUTAGE_ATTEMPTS if is_temporary(_error(state)) else ATTEMPTS
     return state.attempt_number >= attempts
 
 
+def _error(state: RetryCallState) -> BaseException:
+    assert state.outcome is not None
+    return cast(BaseException, state.outcome.exception())
+
+
 def _failure(url: str, state: RetryCallState) -> str:
-    error = _error(state)
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(_error(state)).split()) or type(_error(state)).__name__
     return f"data.urls: {url} cannot be read ({reason})"
 
 
@@ -256,39 +212,35 @@ class ShardCounts:
     local file or one request, for shards that are skipped, once in a process.
     """
 
-    def __init__(
-        self, folder: Path, urls: list[str], identify: Callable[[str, threading.Event], Identity]
-    ) -> None:
+    def __init__(self, folder: Path, urls: list[str], identify: Callable[[str], Identity]) -> None:
         name = hashlib.sha256(repr(urls).encode()).hexdigest()[:16]
         self._path = folder / f"shards-{name}.json"
-        self._identify = identify
-        self._lock = threading.Lock()
-        self._known: dict[str, tuple[int, Identity]] = {}
+        self._identify, self._lock = identify, Lock()
+        self._known: dict[str, tuple[int, str, str]] = {}
         # A file that is missing or damaged costs some reading.
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             rows = json.loads(self._path.read_text(encoding="utf-8"))
-            self._known = {
-                url: (int(count), Identity(str(size), str(version)))
-                for url, (count, size, version) in rows.items()
-            }
+            self._known = {url: (int(n), str(a), str(b)) for url, (n, a, b) in rows.items()}
 
-    def get(self, url: str, closed: threading.Event) -> int | None:
+    def get(self, url: str) -> int | None:
         """Return the number of images of a shard, None if it is not known."""
         if url not in self._known:
             return None
-        count, known = self._known[url]
-        return count if known.matches(self._identify(url, closed)) else None
+        count, *known = self._known[url]
+        return count if Identity(*known).matches(self._identify(url)) else None
 
-    def put(self, url: str, count: int, closed: threading.Event) -> None:
+    def put(self, url: str, count: int) -> None:
         """Keep the number of images of a shard that was just read to its end."""
-        entry = (count, self._identify(url, closed))
+        row = (count, *self._identify(url))
         with self._lock:
-            if self._known.get(url) == entry:
-                return
-            self._known[url] = entry
-            rows = {url: (count, *known) for url, (count, known) in self._known.items()}
-            with contextlib.suppress(UserError):  # a full disk costs some reading next time
-                write_atomically(self._path, json.dumps(rows).encode())
+            if self._known.get(url) != row:
+                self._known[url] = row
+                with contextlib.suppress(UserError):  # a full disk costs some reading next time
+                    write_atomically(self._path, json.dumps(self._known).encode())
+
+
+class _EndOfShard(tarfile.ReadError):
+    """No byte is left."""
 
 
 class TarStream:
@@ -310,30 +262,23 @@ class TarStream:
             raise tarfile.ReadError("xz is not supported; use tar, tar.gz or tar.bz2")
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes, at least one; raise ReadError at the end."""
-        data = self._read(size)
-        if not data:
-            raise tarfile.ReadError("it ends too early")
-        return data
-
-    def _read(self, size: int) -> bytes:
+        """Return up to `size` bytes, at least one; raise TarError at the end."""
         data: bytes = self._file.read(size)
-        if filled := len(data.rstrip(b"\0")):
-            self._filled = self._count + filled
+        if not data:
+            raise _EndOfShard("it ends too early")
+        filled = len(data.rstrip(b"\0"))
+        self._filled = self._count + filled if filled else self._filled
         self._count += len(data)
         return data
 
     def check_end(self, end: int) -> None:
-        """Raise ReadError unless only zeros, two blocks or more, follow byte `end`.
-
-        Reading to the end also checks the sum of a gz file.
-        """
-        while self._read(_ENDS):
-            pass
+        """Read on to the end; raise ReadError unless only zeros follow, two blocks or more."""
+        with contextlib.suppress(_EndOfShard):
+            while True:
+                self.read(_ENDS)
         if self._filled > end:
-            raise tarfile.ReadError(
-                f"the header at byte {end:,} is damaged, or more follows the end of the archive"
-            )
+            reason = "is damaged, or more follows the end of the archive"
+            raise tarfile.ReadError(f"the header at byte {end:,} {reason}")
         if self._count < end + 2 * tarfile.BLOCKSIZE:
             raise tarfile.ReadError("it ends too early")
 
@@ -364,17 +309,11 @@ def read_members(url: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes
     short, compressed with xz or holds sparse members.
     """
     with open_shard(url) as file:
-        stream = TarStream(file)
-        opened = tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member)
-        with opened as archive:
+        stream: Any = TarStream(file)
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as archive:
             for member in archive:
                 vars(archive).update(members=[], pax_headers={})  # or they would add up
-                if member.isreg():
-                    yield member, partial(_content, archive, member)
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is not None:
+                    yield member, content.read
             stream.check_end(archive.offset)
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # a regular file
-    return file.read()
