@@ -211,9 +211,3 @@ def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
         for y, tile in enumerate(column):
             sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (side + _GAP)))
     return np.asarray(sheet)
-
-
-attention_maps = look
-patch_logits = verdicts
-attention_grid = attention_sheet
-patch_logits_grid = verdict_sheet
