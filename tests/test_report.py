@@ -307,7 +307,7 @@ def test_several_runs_side_by_side(run: Cli, tmp_path: Path) -> None:
         [3, 3, 3, 3]
     ]  # a has none
     differences = page.source.partition("Settings that differ")[2].partition("</table>")[0]
-    assert re.findall(r"<th scope="row"><code>(.*?)</code>", differences) == [
+    assert re.findall(r'<th scope="row"><code>(.*?)</code>', differences) == [
         "loss.name",
         "data.speed",
     ]
