@@ -1,6 +1,10 @@
 """Tests run offline, on a CPU, and leave nothing outside their own folders."""
 
+import os
 from pathlib import Path
+
+# One thread a process: several spin while they wait for cores that other processes keep busy.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

@@ -89,6 +89,12 @@ def wrap_evaluation(around: Callable[..., Any], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(PeriodicEvaluation, "_evaluate", wrapped)
 
 
+def wrap_diversity(around: Callable[..., Any]) -> None:
+    """Let the diversity of the fakes be around(diversity, grid)."""
+    diversity = SampleGrid.diversity
+    replace(SampleGrid, "diversity", lambda grid: around(diversity, grid), None)
+
+
 def replace_optional_work(work: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what a run skips when memory is short."""
     monkeypatch.setattr(SampleGrid, "fakes", work)
