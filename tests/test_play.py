@@ -1,4 +1,4 @@
-"""The page to play with a model, in a real browser, drawn by vgan-demo and by the browser itself."""
+"""The page that draws images of a model in a real browser, with vgan-demo and without a server."""
 
 import base64
 import io
@@ -16,19 +16,16 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from runs import TINY, train_in_process
 from test_cli import Cli, message
 
 from vgan import cli
-from vgan.apps import page as play
 from vgan.apps import static_page
 from vgan.apps.demo import PageBackend, application
-from vgan.config import CONFIG_DIR
-from vgan.inference.attention_maps import attention_maps as look
-from vgan.inference.export import export
+from vgan.apps.page import PageInfo, page_info
+from vgan.inference.attention_maps import attention_maps
 from vgan.inference.latents import draw, latents, lerp, slerp
 from vgan.inference.load import restore_generator
 from vgan.runs import checkpoint
@@ -58,30 +55,31 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_in_process(folder, "total_kimg=0.04", "model=attn", "size.attention_resolutions=[4,8]")
     folder = folder.rename(folder.with_name("<b>mine"))
     path = checkpoint.find(folder)
-    parts = checkpoint.load(path)
+    state = checkpoint.load(path)
     rng = torch.Generator().manual_seed(0)
-    for weight in parts["G_ema"].values():
+    for weight in state["G_ema"].values():
         weight.add_(0.1 * torch.randn(weight.shape, generator=rng))
-    checkpoint.save(path, parts, keep=1)
+    checkpoint.save(path, state, keep=1)
     return path
 
 
 @pytest.fixture(scope="module")
-def artist(ckpt: Path) -> PageBackend:
+def backend(ckpt: Path) -> PageBackend:
     return PageBackend(
         restore_generator(checkpoint.load(ckpt), torch.device("cpu")), seed=3, precision="fp32"
     )
 
 
-def model_of(artist: PageBackend, ckpt: Path) -> play.Model:
-    return play.describe(artist.G, ckpt, checkpoint.load(ckpt), artist.attention, batch=8)
+def info_of(backend: PageBackend, ckpt: Path) -> PageInfo:
+    state = checkpoint.load(ckpt)
+    return page_info(backend.G, ckpt, state, backend.attention, batch=8)
 
 
 @contextmanager
-def serving(artist: PageBackend, ckpt: Path) -> Iterator[str]:
+def serving(backend: PageBackend, ckpt: Path) -> Iterator[str]:
     """The address of a server in a thread of this process."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = application(artist, model_of(artist, ckpt), local=True)
+        app = application(backend, info_of(backend, ckpt), local=True)
         served = uvicorn.Server(
             uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
         )
@@ -93,8 +91,8 @@ def serving(artist: PageBackend, ckpt: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(artist: PageBackend, ckpt: Path) -> Iterator[str]:
-    with serving(artist, ckpt) as address:
+def server(backend: PageBackend, ckpt: Path) -> Iterator[str]:
+    with serving(backend, ckpt) as address:
         yield address
 
 
@@ -115,8 +113,7 @@ def folder(ckpt: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The page as files, by vgan-export."""
     out = tmp_path_factory.mktemp("page") / "page"
     overrides = [f"ckpt='{ckpt}'", "to=html", f"out='{out}'", "seed=3", f"runtime='{runtime}'"]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        export(compose("export", overrides=overrides))
+    static_page.export(cli.compose("vgan-export", overrides))
     return out
 
 
@@ -199,8 +196,8 @@ def drag(page: Page, a: int, b: int) -> None:
     idle(page)
 
 
-def expected(artist: PageBackend, *numbers: int, **options: Any) -> np.ndarray:
-    return draw(artist.G, torch.tensor(numbers), 3, **options).permute(0, 2, 3, 1).numpy()
+def expected(backend: PageBackend, *numbers: int, **options: Any) -> np.ndarray:
+    return draw(backend.G, torch.tensor(numbers), 3, **options).permute(0, 2, 3, 1).numpy()
 
 
 def close(shown: np.ndarray, wanted: np.ndarray) -> bool:
@@ -215,23 +212,21 @@ class TestPage:
 
     @pytest.mark.parametrize("size", SIZES)
     def test_pictures_are_those_of_vgan_sample(
-        self, address: str, size: str, open_page: Any, artist: PageBackend
+        self, address: str, size: str, open_page: Any, backend: PageBackend
     ) -> None:
         page = open_page(address, size)
         assert page.title() == "<b>mine"
-        assert (
-            page.inner_text(".what") == "16 px pictures of 8 classes, after 40 images of training"
-        )
-        for i, wanted in zip((0, 9, 15), expected(artist, 0, 9, 15)):
+        assert page.inner_text(".what") == "16 px images, 8 classes, trained on 40 images"
+        for i, wanted in zip((0, 9, 15), expected(backend, 0, 9, 15)):
             assert close(pixels(tile(page, i)), wanted)
             assert wanted.std() > 5  # something is in it
         names = page.locator(".tile").evaluate_all(
             "tiles => tiles.map(t => t.getAttribute('aria-label'))"
         )
         assert names[:2] + names[-1:] == [
-            "picture 0 circle",
-            "picture 1 square",
-            "picture 15 heart",
+            "image 0 circle",
+            "image 1 square",
+            "image 15 heart",
         ]
         assert page.locator(".tile").first.bounding_box()["width"] >= 96
         assert (
@@ -240,18 +235,18 @@ class TestPage:
         page.click("#new")
         idle(page)
         assert page.input_value("#first") == "16"
-        assert close(pixels(tile(page, 3)), expected(artist, 19)[0])
+        assert close(pixels(tile(page, 3)), expected(backend, 19)[0])
 
     def test_class_truncation_and_count_act(
-        self, address: str, open_page: Any, artist: PageBackend
+        self, address: str, open_page: Any, backend: PageBackend
     ) -> None:
         page = open_page(address)
         page.select_option("#label", "7")
         idle(page)
-        assert close(pixels(tile(page, 2)), expected(artist, 2, label=7)[0])
+        assert close(pixels(tile(page, 2)), expected(backend, 2, label=7)[0])
         set_slider(page, "#truncation", 0.3)
         assert page.inner_text("#truncation-value") == "0.30"
-        assert close(pixels(tile(page, 2)), expected(artist, 2, label=7, truncation=0.3)[0])
+        assert close(pixels(tile(page, 2)), expected(backend, 2, label=7, truncation=0.3)[0])
         page.select_option("#count", "36")
         page.locator(".tile").nth(35).wait_for()
         idle(page)
@@ -259,24 +254,24 @@ class TestPage:
         page.press("#first", "Enter")
         idle(page)
         assert close(
-            pixels(tile(page, 35)), expected(artist, 1000000035, label=7, truncation=0.3)[0]
+            pixels(tile(page, 35)), expected(backend, 1000000035, label=7, truncation=0.3)[0]
         )
-        assert page.inner_text("#status") == "Pictures 1000000000 to 1000000035"
+        assert page.inner_text("#status") == "Images 1000000000 to 1000000035"
 
     @pytest.mark.parametrize("size", SIZES)
     def test_dragging_one_picture_onto_another_opens_the_way_between(
-        self, address: str, size: str, open_page: Any, artist: PageBackend
+        self, address: str, size: str, open_page: Any, backend: PageBackend
     ) -> None:
         page = open_page(address, size)
         drag(page, 1, 3)
         assert page.inner_text("#caption") == "50% 1 square, 50% 3 star"
-        z, c = latents(artist.G, torch.tensor([1, 3]), 3)
+        z, c = latents(backend.G, torch.tensor([1, 3]), 3)
         shown = {}
         for t in (0.0, 0.3, 1.0):
             set_slider(page, "#at", t)
             at = torch.tensor([t])
             with torch.no_grad():
-                image = artist.G(slerp(z[:1], z[1:], at)[0], lerp(c[:1], c[1:], at)[0])[0]
+                image = backend.G(slerp(z[:1], z[1:], at)[0], lerp(c[:1], c[1:], at)[0])[0]
             wanted = (image * 127.5 + 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
             shown[t] = pixels(page.locator("#large"))
             assert close(shown[t], wanted), t
@@ -298,13 +293,13 @@ class TestPage:
         page.locator(".tile").first.focus()
         for key in ("ArrowRight", "Enter", "m", "ArrowDown"):
             page.keyboard.press(key)
-        assert page.inner_text("#status") == "Now choose the picture to mix 1 square with"
+        assert page.inner_text("#status") == "Select the image to mix 1 square with"
         page.keyboard.press("Enter")
         idle(page)
         assert page.inner_text("#caption") == "50% 1 square, 50% 5 ring"
         for key in ("Escape", "m", "Escape"):
             page.keyboard.press(key)
-        assert page.inner_text("#status") == "Pictures 0 to 15"
+        assert page.inner_text("#status") == "Images 0 to 15"
         before = pixels(tile(page, 0))
         page.keyboard.press("n")
         idle(page)
@@ -320,7 +315,7 @@ class TestPage:
 
     @pytest.mark.parametrize("size", SIZES)
     def test_pointing_shows_where_attention_looks(
-        self, address: str, size: str, open_page: Any, artist: PageBackend
+        self, address: str, size: str, open_page: Any, backend: PageBackend
     ) -> None:
         page = open_page(address, size)
         heat = page.locator(".tile .heat").nth(2)
@@ -334,13 +329,13 @@ class TestPage:
             position={"x": box["width"] * 0.55, "y": box["height"] * 0.3}
         )  # of 8 x 8: row 2, column 4
         assert heat.is_visible()
-        weights = look(artist.G, *latents(artist.G, torch.tensor([2]), 3))[1][-1].weights[
-            0, 0, 2, 4
-        ]
+        weights = attention_maps(backend.G, *latents(backend.G, torch.tensor([2]), 3))[1][
+            -1
+        ].weights[0, 0, 2, 4]
         drawn = pixels(heat)
         edge = drawn.shape[0] // 8
         share = (weights / weights.max()).numpy()
-        grey = (expected(artist, 2)[0] @ [0.3, 0.59, 0.11]).reshape(8, 2, 8, 2).mean(axis=(1, 3))
+        grey = (expected(backend, 2)[0] @ [0.3, 0.59, 0.11]).reshape(8, 2, 8, 2).mean(axis=(1, 3))
         opacity = 0.85 * np.sqrt(share)
         red = (1 - opacity) * 0.55 * grey + opacity * 255 * np.minimum(1, 2.5 * share)
         shown = (
@@ -352,7 +347,7 @@ class TestPage:
         assert not heat.is_visible()
 
     def test_files_are_saved(
-        self, address: str, open_page: Any, artist: PageBackend, tmp_path: Path
+        self, address: str, open_page: Any, backend: PageBackend, tmp_path: Path
     ) -> None:
         page = open_page(address)
 
@@ -364,20 +359,25 @@ class TestPage:
             return np.asarray(Image.open(tmp_path / name).convert("RGB"))
 
         page.locator(".tile").nth(5).click()
-        assert close(save("#save", "5-ring.png"), expected(artist, 5)[0])
-        sheet = save("#save-grid", "pictures-0.png")
+        assert close(save("#save", "5-ring.png"), expected(backend, 5)[0])
+        sheet = save("#save-grid", "images-0.png")
         assert sheet.shape == (256, 256, 3)  # 4 x 4, each pixel 4 times
-        assert close(sheet[64:128:4, 64:128:4], expected(artist, 5)[0])
+        assert close(sheet[64:128:4, 64:128:4], expected(backend, 5)[0])
         drag(page, 5, 6)
         strip = save("#save-strip", "5-ring-to-6-crescent.png")
         assert strip.shape == (64, 9 * 64, 3)
-        assert close(strip[::4, -64::4], expected(artist, 6)[0])
+        assert close(strip[::4, -64::4], expected(backend, 6)[0])
 
 
 @pytest.mark.browser
 @WITHOUT_CHROMIUM
 def test_what_went_wrong_is_said_in_one_line(
-    open_page: Any, folder: Path, tmp_path: Path, artist: PageBackend, ckpt: Path, errors: list[str]
+    open_page: Any,
+    folder: Path,
+    tmp_path: Path,
+    backend: PageBackend,
+    ckpt: Path,
+    errors: list[str],
 ) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "wasm.js").unlink()
@@ -395,13 +395,13 @@ def test_what_went_wrong_is_said_in_one_line(
         page.inner_text("#error")
         == "this browser has no WebAssembly; use a current one, or vgan-demo"
     )
-    with serving(artist, ckpt) as address:
+    with serving(backend, ckpt) as address:
         page = open_page(address)
     page.click("#new")
     page.locator("#error").wait_for()
     assert (
         page.inner_text("#error")
-        == "vgan-demo does not answer; start it again, then choose New pictures"
+        == "vgan-demo does not answer; start it again, then choose New images"
     )
     assert all(
         "ERR_" in said for said in errors
@@ -424,13 +424,13 @@ def test_a_grey_model_without_classes_or_attention(open_page: Any, tmp_path: Pat
     ]
     train_in_process(tmp_path / "r", f"data.path={tmp_path / 'grey.npy'}", "model=plain", tiny=tiny)
     path = checkpoint.find(tmp_path / "r")
-    artist = PageBackend(
+    backend = PageBackend(
         restore_generator(checkpoint.load(path), torch.device("cpu")), seed=3, precision="fp32"
     )
-    assert artist.attention is None
-    with serving(artist, path) as address:
+    assert backend.attention is None
+    with serving(backend, path) as address:
         page = open_page(address)
-        assert close(pixels(tile(page, 7)), expected(artist, 7)[0])
+        assert close(pixels(tile(page, 7)), expected(backend, 7)[0])
         assert [page.locator(f"#{name}-box").is_visible() for name in ("label", "attention")] == [
             False,
             False,
@@ -454,21 +454,21 @@ def ask(
             return e.code, e.read(), e.headers
 
 
-def test_the_server_sends_pixels_and_attention(server: str, artist: PageBackend) -> None:
-    z, c = latents(artist.G, torch.tensor([4, 2**53 - 1]), 3)
+def test_the_server_sends_pixels_and_attention(server: str, backend: PageBackend) -> None:
+    z, c = latents(backend.G, torch.tensor([4, 2**53 - 1]), 3)
     status, body, _ = ask(server, "latents", b"[4, 9007199254740991]")
     assert status == 200
     assert np.array_equal(np.frombuffer(body, "<f4"), z.numpy().ravel())
     values = np.concatenate([z.numpy().ravel(), c.numpy().ravel()]).astype("<f4").tobytes()
-    status, body, headers = ask(server, "draw?n=2&look=1", values)
+    status, body, headers = ask(server, "draw?n=2&attention=1", values)
     assert status == 200
     assert headers["X-Content-Type-Options"] == "nosniff"
     size = 2 * 3 * 16 * 16
     assert (
         body[:size]
-        == draw(artist.G, torch.tensor([4, 2**53 - 1]), 3).contiguous().numpy().tobytes()
+        == draw(backend.G, torch.tensor([4, 2**53 - 1]), 3).contiguous().numpy().tobytes()
     )
-    rows = np.frombuffer(body[size:], np.uint8).reshape(2, artist.attention[0], 64, 64)  # type: ignore[index]
+    rows = np.frombuffer(body[size:], np.uint8).reshape(2, backend.attention[0], 64, 64)  # type: ignore[index]
     assert (rows.max(axis=3) == 255).all()
     assert ask(server, "draw?n=2", values)[1] == body[:size]
 
@@ -476,9 +476,9 @@ def test_the_server_sends_pixels_and_attention(server: str, artist: PageBackend)
 @pytest.mark.parametrize(
     ("path", "body", "headers", "says"),
     [
-        ("latents", b"[1.5]", {}, "numbers: must be whole, from 0 to 2^53 - 1"),
+        ("latents", b"[1.5]", {}, "numbers: must be integers from 0 to 2^53 - 1"),
         ("latents", b"[" * 1500, {}, "numbers: must be a JSON list"),
-        ("latents", b"[true]", {}, "numbers: must be whole"),
+        ("latents", b"[true]", {}, "numbers: must be integers"),
         ("latents", b"[" + b"1," * 64 + b"1]", {}, "numbers: must be a list of 1 to 64"),
         ("latents", b"1" * 100_000, {}, "body: must have at most"),
         ("draw?n=0", b"", {}, "n=0: must be from 1 to 64"),
@@ -497,7 +497,7 @@ def test_the_server_sends_pixels_and_attention(server: str, artist: PageBackend)
             "latents",
             b"[1]",
             {"Origin": "http://evil.example"},
-            "Origin: another site's page may not ask",
+            "Origin: must be this page, not another site",
         ),
     ],
 )
@@ -522,25 +522,25 @@ def test_the_page_is_closed_to_all_but_its_own(server: str) -> None:
     assert not re.search(r"https?://", page)
 
 
-def test_out_folders(tmp_path: Path, artist: PageBackend, ckpt: Path) -> None:
+def test_out_folders(tmp_path: Path, backend: PageBackend, ckpt: Path) -> None:
     runtime = tmp_path / "runtime"
     runtime.mkdir()
     with pytest.raises(UserError, match=r"has no ort\.wasm\.min\.js; give the folder dist"):
         static_page.find_runtime(str(runtime), tmp_path)
     for name in ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
         (runtime / name).write_bytes(b"x")
-    out, model = tmp_path / "page", model_of(artist, ckpt)
+    out, info = tmp_path / "page", info_of(backend, ckpt)
     graphs = {"latents": b"l", "generator": b"g"}
-    static_page.write_page(out, model, graphs, runtime)
+    static_page.write_page(out, info, graphs, runtime)
     first = {p.name: p.read_bytes() for p in out.iterdir()}
     assert set(first) == {*static_page.PAGE, static_page.LICENSE}
-    static_page.write_page(out, model, graphs, runtime)  # its own page is replaced
+    static_page.write_page(out, info, graphs, runtime)  # its own page is replaced
     assert {p.name: p.read_bytes() for p in out.iterdir()} == first
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files than such a page"):
-        static_page.write_page(out, model, graphs, runtime)
+    with pytest.raises(UserError, match="contains files other than a page"):
+        static_page.write_page(out, info, graphs, runtime)
     with pytest.raises(UserError, match="is not a folder"):
-        static_page.write_page(out / "mine.txt", model, graphs, runtime)
+        static_page.write_page(out / "mine.txt", info, graphs, runtime)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "page",
         "runtime",
@@ -576,7 +576,7 @@ def test_demo_starts_says_where_and_ends_on_ctrl_c(
     code, out, err = run(cli.demo_main, f"ckpt='{ckpt}'", "port=0", "device=cpu")
     assert (code, err) == (0, "")
     assert re.match(
-        r"http://127\.0\.0\.1:\d+  Ctrl-C ends it\n.*checkpoint-000000040\.safetensors\nvgan-demo: ended\n$",
+        r"http://127\.0\.0\.1:\d+  \(stop with Ctrl-C\)\n.*checkpoint-000000040\.safetensors\nvgan-demo: stopped\n$",
         out,
     )
 

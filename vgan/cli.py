@@ -67,7 +67,7 @@ COMMANDS = {
         Command("vgan-train", config.TrainConfig, "train", "vgan.training.train:train"),
         Command("vgan-sample", config.SampleConfig, "sample", "vgan.inference.sample:sample"),
         Command("vgan-eval", config.EvalConfig, "eval", "vgan.evaluation.evaluate:evaluate"),
-        Command("vgan-export", config.ExportConfig, "export", "vgan.inference.export:export"),
+        Command("vgan-export", config.ExportConfig, "export", "vgan.apps.static_page:export"),
         Command("vgan-report", config.ReportConfig, "report", "vgan.apps.report:report"),
         Command("vgan-doctor", config.TrainConfig, "train", "vgan.apps.doctor:doctor"),
         Command("vgan-data", config.DataConfig, "data", "vgan.apps.datasets:data"),

@@ -1,18 +1,20 @@
-"""The command that gives a config again: found by comparing with what vgan-train composes, and tried before it is told."""
+"""The vgan-train command that reproduces a config."""
 
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml  # comes with omegaconf
 
 from vgan.config import CONFIG_DIR
 
-# overrides of vgan-train -> the config, and the same with the interpolations in it; raises ValueError for what does not compose
+# From overrides of vgan-train to its config, resolved and with its interpolations. Raises
+# ValueError for overrides that do not compose.
 Compose = Callable[[list[str]], tuple[dict[str, Any], dict[str, Any]]]
-_PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:@%+-]*")
-_TOLD_BY = {
+# The groups of options, and the key that differs between the options of a group.
+_GROUPS = {
     "data": "name",
     "model": "name",
     "size": "name",
@@ -20,61 +22,74 @@ _TOLD_BY = {
     "augment": "name",
     "features": "_target_",
 }
+_PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:@%+-]*")
 _OTHER_TYPES = ("true", "false", "null", "inf", "nan")
 
 
 def flat(node: Any, name: str = "") -> dict[str, Any]:
-    """{'a.b': value} of nested dicts; an empty one is a value."""
+    """Return {'a.b': value} of nested dicts. An empty dict is a value."""
     if not isinstance(node, dict) or not node:
         return {name: node}
-    return {
-        k: v
-        for key, child in node.items()
-        for k, v in flat(child, f"{name}.{key}" if name else str(key)).items()
-    }
+    values = {}
+    for key, child in node.items():
+        values |= flat(child, f"{name}.{key}" if name else str(key))
+    return values
 
 
 def command(config: dict[str, Any], run_dir: str, compose: Compose) -> str | None:
-    """'vgan-train data=shapes loss=hinge ... run_dir=...' for the shell, or None where no overrides give this config."""
-    wanted = _but_run_dir(flat(config))
+    """Return 'vgan-train data=shapes ... run_dir=...' for a shell.
+
+    It is composed and compared with the config. Returns None if no overrides give this config.
+    """
     try:
-        overrides = [f"data={_option('data', config)}"]
-        brought = compose(overrides)[0]  # a data set chooses some options of other groups
-        for group in _TOLD_BY:
-            if group != "data" and (option := _option(group, config)) != _option(group, brought):
-                overrides.append(f"{group}={option}")
-        resolved, written = map(flat, compose(overrides))
-        # what is worked out from other values comes right by itself once those are given; if not, the second round gives it
-        for follows_too in (False, True):
-            now = _but_run_dir(resolved)
-            for name in sorted(now.keys() | wanted.keys()):
-                differs = name not in now or name not in wanted or now[name] != wanted[name]
-                if differs and (follows_too or "${" not in str(written.get(name))):
-                    overrides.append(_override(name, wanted, name in written))
-            if now != wanted:
-                resolved = flat(compose(overrides)[0])
-        if _but_run_dir(resolved) != wanted:
+        overrides = _overrides(config, compose)
+        if overrides is None:
             return None
-        return " ".join(
-            ["vgan-train", *map(shlex.quote, [*overrides, f"run_dir={_value(run_dir)}"])]
-        )
+        words = [*overrides, f"run_dir={_value(run_dir)}"]
     except ValueError:
         return None
+    return shlex.join(["vgan-train", *words])
 
 
-def _but_run_dir(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k != "run_dir"}
+def _overrides(config: dict[str, Any], compose: Compose) -> list[str] | None:
+    wanted = _comparable(config)
+    overrides = [f"data={_option('data', config)}"]
+    defaults = compose(overrides)[0]  # a data set selects options of other groups
+    for group in list(_GROUPS)[1:]:
+        option = _option(group, config)
+        if option != _option(group, defaults):
+            overrides.append(f"{group}={option}")
+    resolved, written = compose(overrides)
+    known = flat(written)
+    # Values that interpolate others become right when those are set. The second round sets the
+    # ones that do not.
+    for set_interpolated in (False, True):
+        composed = _comparable(resolved)
+        for name in sorted(composed.keys() | wanted.keys()):
+            same = name in composed and name in wanted and composed[name] == wanted[name]
+            if not same and (set_interpolated or "${" not in str(known.get(name))):
+                overrides.append(_override(name, wanted, name in known))
+        if composed != wanted:
+            resolved = compose(overrides)[0]
+    return overrides if _comparable(resolved) == wanted else None
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat(config).items() if name != "run_dir"}
 
 
 def _option(group: str, config: dict[str, Any]) -> str:
-    """The option of a group that a config's node came from; raises ValueError for one that is not vgan's."""
-    node, told_by = config.get(group), _TOLD_BY[group]
+    """Return the option of a group that a config contains. Raises ValueError if none fits."""
+    node, key = config.get(group), _GROUPS[group]
     for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
-        option = yaml.safe_load(path.read_text(encoding="utf-8"))
-        option = option.get(group, option)  # in a file for the whole config, as a data set's
-        if isinstance(node, dict) and option.get(told_by) == node.get(told_by):
+        if isinstance(node, dict) and _read_option(path, group).get(key) == node.get(key):
             return path.stem
     raise ValueError(group)
+
+
+def _read_option(path: Path, group: str) -> dict[str, Any]:
+    option = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return option.get(group, option)  # data sets' files are for the whole config
 
 
 def _override(name: str, wanted: dict[str, Any], known: bool) -> str:
@@ -86,24 +101,27 @@ def _override(name: str, wanted: dict[str, Any], known: bool) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides. Raises ValueError for what cannot be said, or would mean more than it says."""
+    """Format a value for Hydra's grammar. Raises ValueError for what the grammar cannot express."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
-        if (
-            not value.isprintable() or "${" in value or "\\" in value
-        ):  # interpolations could read the environment
-            raise ValueError(value)
-        quoted = value.replace("'", "\\'")
-        return (
-            value
-            if _PLAIN.fullmatch(value) and value.lower() not in _OTHER_TYPES
-            else f"'{quoted}'"
-        )
+        return _text(value)
     if isinstance(value, list):
         return f"[{','.join(map(_value, value))}]"
-    if isinstance(value, dict):
-        if not all(isinstance(k, str) and _PLAIN.fullmatch(k) for k in value):
-            raise ValueError(value)
-        return "{" + ",".join(f"{k}:{_value(v)}" for k, v in value.items()) + "}"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    )
+    if not isinstance(value, dict):
+        return repr(value)
+    if not all(isinstance(key, str) and _PLAIN.fullmatch(key) for key in value):
+        raise ValueError(value)
+    return "{" + ",".join(f"{key}:{_value(child)}" for key, child in value.items()) + "}"
+
+
+def _text(value: str) -> str:
+    # An interpolation could read the environment.
+    if not value.isprintable() or "${" in value or "\\" in value:
+        raise ValueError(value)
+    if _PLAIN.fullmatch(value) and value.lower() not in _OTHER_TYPES:
+        return value
+    quoted = value.replace("'", "\\'")
+    return f"'{quoted}'"

@@ -1,7 +1,8 @@
-"""The page to play with a model as a folder of files, for any place that serves files, and for a double-click.
+"""The command vgan-export, and its page that draws images in the browser (to=html).
 
-The browser runs the generator itself, with onnxruntime-web. A page that was opened from a disk may load scripts but fetch
-nothing; so graphs and runtime are scripts too, that hold gzipped base64.
+The page is a folder of files for any web server, or to open from a disk. The browser computes the
+images with onnxruntime-web. A page from a disk may load scripts but fetch nothing. Graphs and
+runtime are therefore scripts too, which contain gzipped base64.
 """
 
 import base64
@@ -14,142 +15,180 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from vgan.apps import page as play
+import torch
+
+from vgan.apps.page import PageInfo, page_info, render_page
+from vgan.config import ExportConfig
+from vgan.data.packed import default_cache_dir
+from vgan.inference import export as files
+from vgan.inference.load import restore_generator
+from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
 
-RUNTIME = "1.30.0"  # of onnxruntime-web
-BATCH = 4  # pictures at once: between two batches the page answers
-PAGE = ("index.html", "model.js", "runtime.js", "wasm.js")  # what makes a folder such a page
+RUNTIME = "1.30.0"  # version of onnxruntime-web
+BATCH = 4  # images at once; between two batches the page handles input
+PAGE = ("index.html", "model.js", "runtime.js", "wasm.js")  # the files of such a page
 LICENSE = "runtime-LICENSE.txt"
-# The files of the runtime and the digests of those of RUNTIME, for what is fetched
+# The files of the runtime, and their SHA-256 in version RUNTIME, for those that are downloaded.
 _FILES = {
     "ort.wasm.min.js": "faece07e84faa9001f5104bbe4e5c70861d06cb2376a0dea1fa0ad33a67adc81",
-    "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
-    "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    "ort-wasm-simd-threaded.mjs": (
+        "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b"
+    ),
+    "ort-wasm-simd-threaded.wasm": (
+        "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"
+    ),
 }
 _MIT = """onnxruntime-web (runtime.js and what wasm.js holds): MIT License
 
 Copyright (c) Microsoft Corporation
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
+The above copyright notice and this permission notice shall be included in all copies or
+substantial portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 
+def export(cfg: ExportConfig) -> Path:
+    """Write a page for to=html, or else the file of `vgan.inference.export`. Returns its path.
+
+    The images are compared with torch's before anything is written. Raises UserError if they
+    differ.
+    """
+    if cfg.to != "html":
+        return files.export(cfg)
+    path, state = checkpoint.load_newest(cfg.ckpt)
+    out = Path(cfg.out or path.stem).expanduser()
+    check_out(out)
+    runtime = find_runtime(cfg.runtime, default_cache_dir())
+    G = restore_generator(state, torch.device("cpu"))
+    generator, attention = files.generator_onnx(G)
+    run = files.onnx_run(generator)
+    agreement = files.parity(G, files.FromLatent(G), "z", cfg.seed, run, cfg.to)
+    graphs = {"latents": files.latents_onnx(G, cfg.seed), "generator": generator}
+    info = page_info(G, path, state, attention, BATCH, cfg.license)
+    size = write_page(out, info, graphs, runtime)
+    print(f"{out / 'index.html'}  {size / 1e6:,.1f} MB in all, {agreement}")
+    return out
+
+
 def check_out(out: Path) -> None:
-    """Raise UserError for a place that such a page may not take: nothing but an older page is replaced."""
+    """Raise UserError for a path that cannot be used: only an older page is replaced."""
     if out.is_dir() and not out.is_symlink():
-        names = {p.name for p in out.iterdir()}
+        names = {path.name for path in out.iterdir()}
         if names and not (set(PAGE) <= names <= {*PAGE, LICENSE}):
-            raise UserError(f"out={out}: holds other files than such a page; give a new folder")
+            raise UserError(f"out={out}: contains files other than a page's; give a new folder")
     elif out.exists() or out.is_symlink():
         raise UserError(f"out={out}: is not a folder; give a new one")
 
 
-def write_page(out: Path, model: play.Model, graphs: dict[str, bytes], runtime: Path) -> int:
-    """Write the page into folder `out`, whole or not at all, in place of an older one; returns its size in bytes.
+def write_page(out: Path, info: PageInfo, graphs: dict[str, bytes], runtime: Path) -> int:
+    """Write the page to folder `out`, completely or not at all. Returns its size in bytes.
 
-    graphs: ONNX of 'latents' (numbers -> z) and 'generator' (z, c -> images, attention). runtime: from `find_runtime`.
-    Raises UserError where it cannot be written.
+    An older page is replaced. graphs: ONNX of 'latents' (numbers to z) and 'generator' (z, c to
+    images, attention). runtime: from `find_runtime`. Raises UserError if it cannot be written.
     """
     check_out(out)
-    script, module, machine_code = ((runtime / name).read_bytes() for name in _FILES)
+    script, module, wasm = ((runtime / name).read_bytes() for name in _FILES)
     contents = {
-        "index.html": play.render(model, "static", PAGE[1:]).encode(),
-        "model.js": _packed("vganModel", graphs),
+        "index.html": render_page(info, "static", PAGE[1:]).encode(),
+        "model.js": _pack("vganModel", graphs),
         "runtime.js": script,
-        "wasm.js": _packed("vganRuntime", {"mjs": module, "wasm": machine_code}),
+        "wasm.js": _pack("vganRuntime", {"mjs": module, "wasm": wasm}),
         LICENSE: _MIT.encode(),
     }
-    beside, before = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
-        beside.mkdir(parents=True)
+        new.mkdir(parents=True)
         for name, content in contents.items():
-            (beside / name).write_bytes(content)
-        if out.exists():  # no system replaces a folder that holds files in one step
-            os.replace(out, before)
-        os.replace(beside, out)
+            (new / name).write_bytes(content)
+        if out.exists():  # no system replaces a folder with files in one step
+            os.replace(out, old)
+        os.replace(new, out)
     except OSError as e:
-        if before.exists() and not out.exists():
-            os.replace(before, out)
-        raise UserError(
-            f"out={out}: cannot be written ({e.strerror}); free space or choose another folder"
-        ) from e
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        fix = "free space or choose another folder"
+        raise UserError(f"out={out}: cannot be written ({e.strerror}); {fix}") from e
     finally:
-        for folder in (beside, before):
+        for folder in (new, old):
             shutil.rmtree(folder, ignore_errors=True)
     return sum(map(len, contents.values()))
 
 
-def _packed(name: str, parts: dict[str, bytes]) -> bytes:
-    """A script that keeps `parts` as an object of that name."""
-    texts = ", ".join(
-        f'{key}: "{base64.b64encode(gzip.compress(part, 9, mtime=0)).decode()}"'
-        for key, part in parts.items()
-    )
-    return f"globalThis.{name} = {{ {texts} }};\n".encode()
+def _pack(name: str, contents: dict[str, bytes]) -> bytes:
+    """Return a script that defines a global object of texts: gzipped base64 of each content."""
+    texts = []
+    for key, content in contents.items():
+        encoded = base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
+        texts.append(f'{key}: "{encoded}"')
+    return f"globalThis.{name} = {{ {', '.join(texts)} }};\n".encode()
 
 
 def find_runtime(given: str | None, cache: Path) -> Path:
-    """The folder that holds onnxruntime-web: the given one, or one in the cache, filled by npm the first time.
+    """Return a folder with onnxruntime-web: the given one, or one in the cache.
 
-    Raises UserError where files are missing, and where npm is or has no network.
+    npm downloads the files to the cache once. Raises UserError if files are missing, or npm is
+    missing or fails.
     """
     if given is not None:
         folder = Path(given).expanduser()
         missing = [name for name in _FILES if not (folder / name).is_file()]
         if missing:
-            raise UserError(
-                f"runtime={given}: has no {missing[0]}; give the folder dist of the npm package onnxruntime-web"
-            )
+            fix = "give the folder dist of the npm package onnxruntime-web"
+            raise UserError(f"runtime={given}: has no {missing[0]}; {fix}")
         return folder
     folder = cache / f"onnxruntime-web-{RUNTIME}"
     if not all((folder / name).is_file() for name in _FILES):
-        for name, content in _fetch().items():
+        for name, content in _download().items():
             write_atomically(folder / name, content)
     return folder
 
 
-def _fetch() -> dict[str, bytes]:
-    """The files, by `npm pack`."""
-    npm, fix = (
-        shutil.which("npm"),
-        f"give runtime=FOLDER, the folder dist of the npm package onnxruntime-web {RUNTIME}",
-    )
+def _download() -> dict[str, bytes]:
+    """Return the files of the runtime, from `npm pack`."""
+    fix = f"give runtime=FOLDER, the folder dist of the npm package onnxruntime-web {RUNTIME}"
+    npm = shutil.which("npm")
     if npm is None:
-        raise UserError(
-            f"runtime=null: needs npm to fetch onnxruntime-web; install it (Node.js), or {fix}"
-        )
-    print(f"fetching onnxruntime-web {RUNTIME} by npm, once", flush=True)
+        problem = "needs npm to download onnxruntime-web; install it (Node.js)"
+        raise UserError(f"runtime=null: {problem}, or {fix}")
+    print(f"Downloading onnxruntime-web {RUNTIME} with npm, once", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", "--silent", "--ignore-scripts", f"onnxruntime-web@{RUNTIME}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-        packed = next(Path(folder).glob("*.tgz"), None)
-        if done.returncode or packed is None:
-            why = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no file came"]
-            raise UserError(f"runtime=null: npm could not fetch onnxruntime-web ({why[0]}); {fix}")
-        files = {}
+        archive = next(Path(folder).glob("*.tgz"), None)
+        if done.returncode or archive is None:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no file"]
+            problem = f"npm could not fetch onnxruntime-web ({lines[-1]})"
+            raise UserError(f"runtime=null: {problem}; {fix}")
         try:
-            with tarfile.open(packed) as archive:
-                for name in _FILES:
-                    member = archive.extractfile(f"package/dist/{name}")
-                    files[name] = member.read() if member else b""
+            contents = _extract(archive)
         except (tarfile.TarError, KeyError, OSError) as e:
-            raise UserError(
-                f"runtime=null: what npm fetched is no onnxruntime-web ({e}); {fix}"
-            ) from e
-    for name, content in files.items():
+            problem = f"what npm fetched is not onnxruntime-web ({e})"
+            raise UserError(f"runtime=null: {problem}; {fix}") from e
+    for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != _FILES[name]:
-            raise UserError(f"runtime=null: {name} is not that of onnxruntime-web {RUNTIME}; {fix}")
-    return files
+            problem = f"{name} is not that of onnxruntime-web {RUNTIME}"
+            raise UserError(f"runtime=null: {problem}; {fix}")
+    return contents
+
+
+def _extract(path: Path) -> dict[str, bytes]:
+    contents = {}
+    with tarfile.open(path) as archive:
+        for name in _FILES:
+            member = archive.extractfile(f"package/dist/{name}")
+            contents[name] = member.read() if member else b""
+    return contents

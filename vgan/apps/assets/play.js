@@ -3,8 +3,8 @@ const $$ = (id) => document.getElementById(id);
 const info = JSON.parse($$("info").textContent);
 const { resolution: side, channels, z_dim: zDim, labels, attention } = info;
 const grid = $$("grid"), stage = $$("stage"), large = $$("large");
-const STRIP = 9; // pictures in a saved strip
-const FILM = 48; // pictures from one end to the other of a film
+const STRIP = 9; // images in a saved strip
+const FILM = 48; // images from one end to the other of a film
 const RATE = 25; // frames a second of a film
 const zoom = Math.max(1, Math.floor(64 / side)); // of saved grids, as vgan-sample enlarges them
 
@@ -17,7 +17,7 @@ let way = null; // {from, to, drawn} between two {number, label}
 let mixing = false; // the next tile that is chosen is the other end of a way
 let playing = 0; // the animation frame that was asked for
 
-// --- from numbers to pictures ---------------------------------------------------------------------------------------
+// --- images by number -----------------------------------------------------------------------------------------------
 
 const known = new Map(); // number -> latent
 
@@ -34,7 +34,7 @@ const oneHot = (label) => Float32Array.from(labels, (_, i) => Number(i === label
 const norm = (vector) => Math.sqrt(vector.reduce((sum, value) => sum + value * value, 0));
 const line = (a, b, t) => a.map((value, i) => (1 - t) * value + t * b[i]);
 
-// From a to b, turning at a steady rate while the length goes in a straight line: vgan.motion.slerp.
+// Interpolate spherically from a to b, as slerp in vgan/inference/latents.py.
 function slerp(a, b, t) {
   const [lengthA, lengthB] = [norm(a), norm(b)];
   const u = a.map((value) => value / Math.max(lengthA, 1e-12)), v = b.map((value) => value / Math.max(lengthB, 1e-12));
@@ -44,9 +44,9 @@ function slerp(a, b, t) {
   return u.map((value, i) => (p * value + q * v[i]) * length);
 }
 
-async function pointsOf(pictures) {
-  const z = await latentsOf(pictures.map(({ number }) => number));
-  return pictures.map(({ label }, i) => ({ z: z[i], c: oneHot(label) }));
+async function pointsOf(images) {
+  const z = await latentsOf(images.map(({ number }) => number));
+  return images.map(({ label }, i) => ({ z: z[i], c: oneHot(label) }));
 }
 
 async function pointsAlong({ from, to }, places) {
@@ -54,10 +54,10 @@ async function pointsAlong({ from, to }, places) {
   return places.map((t) => ({ z: slerp(a.z, b.z, t), c: line(a.c, b.c, t) }));
 }
 
-// Pictures of points {z, c}: {image: ImageData, looks: attention as (heads, h w, h w) or null} each.
+// Return {image: ImageData, weights: attention (heads, h w, h w) or null} of each point {z, c}.
 async function render(points) {
-  const truncation = Number($$("truncation").value), look = attention !== null && $$("attention").checked, drawn = [];
-  const area = side * side, heat = look ? attention.heads * (attention.h * attention.w) ** 2 : 0;
+  const truncation = Number($$("truncation").value), withAttention = attention !== null && $$("attention").checked, drawn = [];
+  const area = side * side, heat = withAttention ? attention.heads * (attention.h * attention.w) ** 2 : 0;
   for (let start = 0; start < points.length; start += info.batch) {
     const part = points.slice(start, start + info.batch);
     const z = new Float32Array(part.length * zDim), c = new Float32Array(part.length * labels.length);
@@ -65,14 +65,14 @@ async function render(points) {
       z.set(point.z.map((value) => value * truncation), i * zDim);
       c.set(point.c, i * labels.length);
     });
-    const { pixels, attention: looks } = await backend.draw(z, c, part.length, look);
+    const { pixels, attention: weights } = await backend.draw(z, c, part.length, withAttention);
     part.forEach((_, i) => {
       const image = new ImageData(side, side);
       for (let p = 0; p < area; p++) {
         for (let k = 0; k < 3; k++) image.data[4 * p + k] = pixels[(i * channels + Math.min(k, channels - 1)) * area + p];
         image.data[4 * p + 3] = 255;
       }
-      drawn.push({ image, looks: looks ? looks.subarray(i * heat, (i + 1) * heat) : null });
+      drawn.push({ image, weights: weights ? weights.subarray(i * heat, (i + 1) * heat) : null });
     });
   }
   return drawn;
@@ -121,13 +121,13 @@ function wanted() {
 }
 
 async function drawGrid() {
-  const pictures = wanted(), drawn = await render(await pointsOf(pictures));
-  if (pictures.length !== tiles.length) makeTiles(pictures.length);
+  const images = wanted(), drawn = await render(await pointsOf(images));
+  if (images.length !== tiles.length) makeTiles(images.length);
   tiles.forEach((tile, i) => {
-    Object.assign(tile, pictures[i], { drawn: drawn[i] });
+    Object.assign(tile, images[i], { drawn: drawn[i] });
     tile.canvas.getContext("2d").putImageData(drawn[i].image, 0, 0);
     tile.heat.hidden = true;
-    tile.button.setAttribute("aria-label", `picture ${nameOf(tile)}`);
+    tile.button.setAttribute("aria-label", `image ${nameOf(tile)}`);
     tile.caption.textContent = nameOf(tile);
   });
   choose(Math.min(chosen, tiles.length - 1));
@@ -138,10 +138,10 @@ async function drawGrid() {
 // What can be done now.
 function tell() {
   const last = tiles.at(-1).number, aim = way ? "" : nameOf(tiles[chosen]);
-  $$("status").textContent = mixing ? `Now choose the picture to mix ${aim} with` : `Pictures ${tiles[0].number} to ${last}`;
-  $$("hint").textContent = mixing ? "Choose another picture, or Esc."
-    : $$("attention").checked ? `${TOUCH ? "Tap" : "Point at"} a place in a picture: what is bright is where the generator looked to draw it.`
-      : way ? "The slider goes from one picture to the other." : TOUCH ? "Mix with ... goes from this picture to another." : "Drag a picture onto another to go from one to the other.";
+  $$("status").textContent = mixing ? `Select the image to mix ${aim} with` : `Images ${tiles[0].number} to ${last}`;
+  $$("hint").textContent = mixing ? "Select another image, or press Esc."
+    : $$("attention").checked ? `${TOUCH ? "Tap" : "Point at"} a position in an image. Bright areas are those it attends to.`
+      : way ? "The slider interpolates between the two images." : TOUCH ? "Mix with ... interpolates from this image to another." : "Drag an image onto another to interpolate between them.";
 }
 
 function makeTiles(count) {
@@ -204,7 +204,7 @@ function aim(on) {
   if (tiles.length) tell();
 }
 
-// --- a picture that is dragged onto another -------------------------------------------------------------------------
+// --- dragging an image onto another ---------------------------------------------------------------------------------
 
 function startDrag(event, i) {
   if (event.pointerType === "touch" || event.button !== 0) return; // a finger scrolls; "Mix with ..." is for it
@@ -234,7 +234,7 @@ function startDrag(event, i) {
     ghost.remove();
     over?.button.classList.remove("over");
     document.body.classList.remove("dragging");
-    addEventListener("click", swallow, { capture: true, once: true }); // the click that ends a drag chooses nothing
+    addEventListener("click", swallow, { capture: true, once: true }); // the click that ends a drag selects nothing
     setTimeout(() => removeEventListener("click", swallow, { capture: true }));
     const onto = tiles[place(ended)];
     if (ended.type === "pointerup" && onto) mix(tiles[i], onto);
@@ -244,7 +244,7 @@ function startDrag(event, i) {
   for (const [name, handler] of handlers) addEventListener(name, handler);
 }
 
-// --- the stage: one picture large, or the way between two -----------------------------------------------------------
+// --- the stage: one large image, or an interpolation ----------------------------------------------------------------
 
 function copy(from, to) {
   to.width = from.width;
@@ -256,7 +256,7 @@ function present(drawn, name) {
   stage.hidden = false;
   large.width = large.height = side;
   large.getContext("2d").putImageData(drawn.image, 0, 0);
-  large.setAttribute("aria-label", `picture ${name}`);
+  large.setAttribute("aria-label", `image ${name}`);
   $$("large-heat").hidden = true;
   $$("caption").textContent = name;
 }
@@ -301,7 +301,7 @@ function closeWay() {
   choose(chosen);
 }
 
-// To and fro, 3 seconds each way, as fast as pictures can be drawn.
+// Back and forth, 3 seconds each way, as fast as images can be computed.
 function play() {
   if (playing) return stop();
   $$("play").textContent = "Pause";
@@ -321,27 +321,27 @@ function stop() {
   $$("play").textContent = "Play";
 }
 
-// --- where the generator looks --------------------------------------------------------------------------------------
+// --- attention ------------------------------------------------------------------------------------------------------
 
 const pad = document.createElement("canvas"); // one row of attention as small pixels of colour
 
-// The same colours as vgan.attention: from black through red and yellow to white, over the darkened picture.
+// The colours of vgan/inference/attention_maps.py: from black through red and yellow to white, over the darkened image.
 function drawHeat(canvas, drawn, row, column) {
   const { h, w } = attention, size = h * w, head = Number($$("head").value) || 0;
-  const looks = drawn.looks.subarray(head * size * size + (row * w + column) * size).subarray(0, size);
-  const most = looks.reduce((a, b) => Math.max(a, b), 1e-12), colours = new ImageData(w, h);
-  looks.forEach((value, i) => {
+  const weights = drawn.weights.subarray(head * size * size + (row * w + column) * size).subarray(0, size);
+  const most = weights.reduce((a, b) => Math.max(a, b), 1e-12), colours = new ImageData(w, h);
+  weights.forEach((value, i) => {
     const t = value / most;
     colours.data.set([255 * Math.min(1, 2.5 * t), 255 * Math.min(1, Math.max(0, 2.5 * t - 0.9)), 255 * Math.max(0, 4 * t - 3), 255 * 0.85 * Math.sqrt(t)], 4 * i);
   });
   [pad.width, pad.height] = [w, h];
   pad.getContext("2d").putImageData(colours, 0, 0);
-  const picture = document.createElement("canvas");
-  picture.width = picture.height = side;
-  picture.getContext("2d").putImageData(drawn.image, 0, 0);
+  const image = document.createElement("canvas");
+  image.width = image.height = side;
+  image.getContext("2d").putImageData(drawn.image, 0, 0);
   const edge = canvas.width = canvas.height = side * Math.max(1, Math.round(384 / side)), ink = canvas.getContext("2d");
   ink.imageSmoothingEnabled = false;
-  ink.drawImage(picture, 0, 0, edge, edge);
+  ink.drawImage(image, 0, 0, edge, edge);
   ink.globalCompositeOperation = "saturation"; // grey: the colours are the heat's
   ink.fillStyle = "#888";
   ink.fillRect(0, 0, edge, edge);
@@ -358,7 +358,7 @@ function drawHeat(canvas, drawn, row, column) {
 }
 
 function heatAt({ clientX, clientY }, frame, canvas, drawn) {
-  if (!attention || !$$("attention").checked || !drawn?.looks) return;
+  if (!attention || !$$("attention").checked || !drawn?.weights) return;
   const { left, top, width, height } = frame.getBoundingClientRect();
   const place = (at, size, cells) => Math.max(0, Math.min(cells - 1, Math.floor((at / size) * cells)));
   drawHeat(canvas, drawn, place(clientY - top, height, attention.h), place(clientX - left, width, attention.w));
@@ -370,10 +370,10 @@ function watch(frame, canvas, drawn) {
   frame.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") canvas.hidden = true; });
 }
 
-const query = [0, 0]; // row and column that the arrow keys move in the large picture
+const query = [0, 0]; // row and column that the arrow keys move in the large image
 function walkQuery(event) {
   const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key], { drawn } = way ?? tiles[chosen];
-  if (!by || !drawn?.looks) return;
+  if (!by || !drawn?.weights) return;
   event.preventDefault();
   [attention.h, attention.w].forEach((cells, k) => { query[k] = Math.max(0, Math.min(cells - 1, query[k] + by[k])); });
   drawHeat($$("large-heat"), drawn, ...query);
@@ -408,7 +408,7 @@ const nameOfWay = () => `${nameOf(way.from)}-to-${nameOf(way.to)}`;
 const steps = (count) => Array.from({ length: count }, (_, i) => i / (count - 1));
 const imagesAlong = async (count) => (await render(await pointsAlong(way, steps(count)))).map(({ image }) => image);
 
-function savePicture() {
+function saveImage() {
   const at = Math.round(100 * Number($$("at").value));
   savePng([(way ?? tiles[chosen]).drawn.image], 1, 1, way ? `${nameOfWay()}-${at}` : nameOf(tiles[chosen]));
 }
@@ -437,7 +437,7 @@ async function saveFilm() {
 
 // --- the controls ---------------------------------------------------------------------------------------------------
 
-// Everything that is shown, anew.
+// Draw everything that is shown again.
 function redraw() {
   request("grid", drawGrid);
   if (!way) return;
@@ -445,7 +445,7 @@ function redraw() {
   request("ends", drawEnds);
 }
 
-function newPictures() {
+function newImages() {
   const first = $$("first"), next = Number(first.value) + Number($$("count").value);
   first.value = tiles.length && next <= Number(first.max) ? next : 0;
   request("grid", drawGrid);
@@ -464,14 +464,14 @@ function attentionChanged() {
 }
 
 const KEYS = {
-  n: newPictures, m: () => tiles.length && aim(!mixing), p: () => way && play(),
+  n: newImages, m: () => tiles.length && aim(!mixing), p: () => way && play(),
   a: () => { if (attention) { $$("attention").checked = !$$("attention").checked; attentionChanged(); } },
   escape: () => { if (mixing) aim(false); else { closeWay(); if (tiles.length) tell(); } },
 };
 
 function listen() {
   const on = (id, name, handler) => $$(id).addEventListener(name, handler);
-  on("controls", "submit", (event) => { event.preventDefault(); newPictures(); });
+  on("controls", "submit", (event) => { event.preventDefault(); newImages(); });
   on("first", "change", firstChanged);
   on("first", "keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); firstChanged(); } });
   for (const id of ["label", "count"]) on(id, "change", () => request("grid", drawGrid));
@@ -484,10 +484,10 @@ function listen() {
   on("mix", "click", () => aim(!mixing));
   on("play", "click", play);
   on("close", "click", KEYS.escape);
-  on("save", "click", savePicture);
+  on("save", "click", saveImage);
   on("save-strip", "click", () => request("file", saveStrip));
   on("save-film", "click", () => request("file", saveFilm));
-  on("save-grid", "click", () => savePng(tiles.map(({ drawn }) => drawn.image), Math.sqrt(tiles.length), zoom, `pictures-${tiles[0].number}`));
+  on("save-grid", "click", () => savePng(tiles.map(({ drawn }) => drawn.image), Math.sqrt(tiles.length), zoom, `images-${tiles[0].number}`));
   on("large", "keydown", walkQuery);
   on("large", "click", (event) => heatAt(event, large, $$("large-heat"), (way ?? tiles[chosen]).drawn));
   watch(large.parentElement, $$("large-heat"), () => (way ?? tiles[chosen]).drawn);

@@ -1,6 +1,6 @@
 "use strict";
 
-// The pictures are drawn here, by onnxruntime-web. Graphs and runtime come as scripts that hold gzipped base64, because a page
+// onnxruntime-web computes the images in this browser. Graphs and runtime come as scripts that hold gzipped base64, because a page
 // that was opened from a disk may load scripts but fetch nothing.
 async function openBackend(info) {
   if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly; use a current one, or vgan-demo");
@@ -30,11 +30,11 @@ async function openBackend(info) {
       const input = new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [numbers.length]);
       return (await numbersToLatents.run({ numbers: input })).z.data;
     },
-    draw: async (z, c, n, look) => {
+    draw: async (z, c, n, withAttention) => {
       const feeds = { z: new ort.Tensor("float32", z, [n, info.z_dim]) };
       if (info.labels.length) feeds.c = new ort.Tensor("float32", c, [n, info.labels.length]);
-      await new Promise((done) => setTimeout(done)); // the arithmetic holds the page up: let it answer to the hand first
-      const { images, attention } = await generator.run(feeds, look ? ["images", "attention"] : ["images"]);
+      await new Promise((done) => setTimeout(done)); // computing blocks the page: handle input first
+      const { images, attention } = await generator.run(feeds, withAttention ? ["images", "attention"] : ["images"]);
       // a clamped array rounds to the nearest value, halves to the even one, as torch does
       const pixels = new Uint8Array(Uint8ClampedArray.from(images.data, (value) => value * 127.5 + 127.5).buffer);
       return { pixels, attention: attention ? attention.data : null };
