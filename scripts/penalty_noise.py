@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from vgan.cli import register_schemas
-from vgan.config import CONFIG_DIR, typed
+from vgan.cli import compose
+from vgan.config import TrainConfig
 from vgan.data.loader import Loader
 from vgan.runs import checkpoint
 from vgan.runtime.device import pick_device, prepare_process
@@ -37,10 +36,9 @@ def open_run(run_dir: Path) -> tuple[Run, Loader]:
     _, state = checkpoint.load_newest(run_dir)
     device = pick_device("auto")
     prepare_process(device, "fp32", 0)
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        defaults = compose("train", overrides=["run_dir=unused"])
-    cfg = typed(OmegaConf.merge(defaults, state["config"]))
+    defaults = OmegaConf.structured(compose("vgan-train", ["run_dir=unused"]))
+    cfg = OmegaConf.to_object(OmegaConf.merge(defaults, state["config"]))
+    assert isinstance(cfg, TrainConfig)
     run = setup(cfg, device, "fp32")
     run.state.load_state_dict(state)
     return run, Loader(run.dataset, cfg.batch_size, cfg.seed, device)

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from bench import open_variant
 
-from vgan.training.summary import count_parameters
 from vgan.runtime.distributed import process_group, rank, world_size
+from vgan.training.summary import count_parameters
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000)  # bytes
 BUCKET = 25_000_000  # bytes; DistributedDataParallel's own
