@@ -14,9 +14,10 @@ from vgan.runs import checkpoint
 from vgan.training.train import train
 
 TINY = [
-    "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]", "size.d_widths=[8,8,8]", "batch_size=8",
-    "total_kimg=0.4", "tick_kimg=0.04", "snapshot_kimg=0.1", "checkpoint_kimg=0.04", "loss.penalty_every=3",
-    "augment=scheduled", "device=cpu",
+    "data=shapes", "data.resolution=16", "data.size=64", "size.g_widths=[8,8,8]",
+    "size.d_widths=[8,8,8]", "batch_size=8", "total_kimg=0.4", "tick_kimg=0.04",
+    "snapshot_kimg=0.1", "checkpoint_kimg=0.04", "loss.penalty_every=3", "augment=scheduled",
+    "device=cpu",
 ]  # fmt: skip
 # Every step takes at least 10 ms, so that a kill lands inside the run and not after it.
 SLOW = seams.IMPORT + "seams.slow_steps(); seams.train_main()"

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import seams
 import torch
 from runs import SLOW, TINY, lines_of, train_in_process
 
 from vgan import load_generator
 from vgan.runs import checkpoint
-from vgan.runtime.distributed import meet
+from vgan.runtime.distributed import rendezvous
 from vgan.runtime.signals import RESTART
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +40,7 @@ def command(processes: int, run_dir: Path, *overrides: str) -> list[str]:
         *RUN,
         str(processes),
         "-m",
-        "vgan.training.train",
+        "vgan.train",
         *TINY,
         *CHEAP,
         *overrides,
@@ -92,6 +93,7 @@ def test_the_number_of_processes_does_not_change_the_run(
         close(tmp_path / "1", tmp_path / str(processes), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_networks_spread_over_processes_train_alike_and_their_checkpoints_load_on_one(
     tmp_path: Path,
 ) -> None:
@@ -109,10 +111,11 @@ def test_networks_spread_over_processes_train_alike_and_their_checkpoints_load_o
         "parallel=fsdp",
         "size.gradient_checkpointing=true",
     )  # moments spread as well
-    assert "from 32 images on" in out
+    assert "resumed at 32 images" in out
     close(tmp_path / "whole", tmp_path / "moved", rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_numbers_of_processes(tmp_path: Path) -> None:
     alone(tmp_path / "whole")
     launch(2, tmp_path / "moved", "total_kimg=0.032", "schedule_kimg=0.064")
@@ -151,10 +154,11 @@ def test_a_killed_rank_ends_the_group_and_torchrun_resumes_it(tmp_path: Path, ra
     os.kill(workers(process)[rank], signal.SIGKILL)
     out = process.communicate(timeout=240)[0]
     assert process.returncode == 0, out
-    assert out.count("images on") == 1  # resumed once
+    assert out.count("resumed at") == 1  # resumed once
     assert out.count("Done: 1,600 images.") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
 def test_a_signal_to_any_rank_stops_all_in_the_same_step(tmp_path: Path) -> None:
     process = slow(2, tmp_path / "r")
@@ -162,7 +166,7 @@ def test_a_signal_to_any_rank_stops_all_in_the_same_step(tmp_path: Path) -> None
     os.kill(workers(process)[1], signal.SIGUSR1)
     out = process.communicate(timeout=240)[0]
     assert f"exitcode  : {RESTART}" in out, out
-    assert out.count("the same command goes on") >= 1
+    assert out.count("Run the same command") >= 1
     newest = checkpoint.load(checkpoint.find(tmp_path / "r"))
     assert newest["cur_nimg"] < 1600
 
@@ -198,7 +202,7 @@ def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
 
     def come(rank: int) -> threading.Thread:
         thread = threading.Thread(
-            target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True
+            target=lambda: names.update({rank: rendezvous(store, rank, 3)}), daemon=True
         )
         thread.start()
         return thread
@@ -218,23 +222,26 @@ def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
     assert len(before) == 2
 
 
-# The last process dies once, while the first is inside a step: the agent of its machine restarts it without having seen it fail.
-DIES_ON_ONE_MACHINE = """
-import os, signal, sys, time, vgan.training.train
+# The last process dies once, while rank 0 is inside a step: the agent of its machine restarts it
+# without having seen it fail.
+DIES_ON_ONE_MACHINE = (
+    seams.IMPORT
+    + """
+import os, signal, time
 from pathlib import Path
-step, rank, died = vgan.training.train.train_step, int(os.environ["RANK"]), Path(sys.argv.pop(1))
-def dying(*a):
-    if int(a[5].index[0]) // 16 == 6 and not (mark := died.with_suffix(f".{rank}")).exists():
-        mark.touch()
+rank, died = int(os.environ["RANK"]), Path(sys.argv.pop(1)).with_suffix("." + os.environ["RANK"])
+def dying(step, state, *arguments):
+    if state.cur_nimg // 16 == 6 and not died.exists():
+        died.touch()
         time.sleep(0.5 if rank else 4)
         if rank:
             os.kill(os.getpid(), signal.SIGKILL)
-    return step(*a)
-vgan.training.train.train_step = dying
+    return step(state, *arguments)
+seams.wrap_step(dying)
 print("restarts counted here:", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
-from vgan.cli import train_main
-train_main()
+seams.train_main()
 """
+)
 
 
 @pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.soak)])
@@ -262,20 +269,23 @@ def test_a_killed_process_of_one_machine_restarts_those_of_all(
         processes.append(agent)
     told = outputs(processes)
     assert [process.returncode for process in processes] == [0, 0], told
-    assert "".join(told).count("images on") == 1  # resumed once
+    assert "".join(told).count("resumed at") == 1  # resumed once
     assert "".join(told).count("Done: 160 images.") == 1
     assert "".join(told).count("restarts counted here") == 4
 
 
-SLOW_DISK = """
-import os, time, vgan.training.train
+SLOW_DISK = (
+    seams.IMPORT
+    + """
+import os, time
 sync = os.fsync
 os.fsync = lambda f: (time.sleep(2), sync(f))[1]
-from vgan.cli import train_main
-train_main()
+seams.train_main()
 """
+)
 
 
+@pytest.mark.slow
 def test_no_process_leaves_while_the_first_still_writes(tmp_path: Path) -> None:
     (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
     processes = without_torchrun(
@@ -289,11 +299,12 @@ def test_no_process_leaves_while_the_first_still_writes(tmp_path: Path) -> None:
     finally:
         first = outputs(processes[:1])
     assert [process.returncode for process in processes] == [RESTART, RESTART], (out, first)
-    stopped_at = re.search(r"stopped at ([\d,]+) images and saved", out)
+    stopped_at = re.search(r"Stopped at ([\d,]+) images, checkpoint saved", out)
     assert stopped_at
     assert checkpoint.nimg_of(written[-1]) == int(stopped_at[1].replace(",", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
 def test_sigterm_to_torchrun_ends_the_run_whatever_restarts_it_has(tmp_path: Path) -> None:
     process = slow(2, tmp_path / "r", restarts=3)
@@ -301,8 +312,8 @@ def test_sigterm_to_torchrun_ends_the_run_whatever_restarts_it_has(tmp_path: Pat
     process.terminate()
     out = process.communicate(timeout=240)[0]
     assert process.returncode != 0, out
-    assert "images on" not in out  # begun once
-    assert "the same command goes on" in out
+    assert "resumed at" not in out  # begun once
+    assert "Run the same command" in out
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 1600
 
 
@@ -316,34 +327,34 @@ def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_a
     os.kill(workers(process)[1], signal.SIGUSR1)
     out = process.communicate(timeout=240)[0]
     assert process.returncode == 0, out
-    stopped = re.findall(r"stopped at ([\d,]+) images and saved", out)
-    assert f"from {stopped[0]} images on" in out  # nothing was trained twice
+    stopped = re.findall(r"Stopped at ([\d,]+) images, checkpoint saved", out)
+    assert f"resumed at {stopped[0]} images" in out  # nothing was trained twice
     assert out.count("Done: 1,600 images.") == 1
 
 
 ALIKE = """
 import os, sys, torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from vgan import cli
-from vgan.config import CONFIG_DIR
-from vgan.runtime.distributed import group
+from vgan.cli import compose
+from vgan.runtime.distributed import process_group
 from vgan.runtime.errors import UserError
-from vgan.training.setup import set_up
+from vgan.training.setup import setup
 common, rank = sys.argv[1:], os.environ["RANK"]
-with group(torch.device("cpu")), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-    for other in (
-        [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"], ["parallel=fsdp"], ["batch_size=7"]
-    ):
-        config = OmegaConf.to_container(compose("train", overrides=common + (other if rank == "1" else [])), resolve=True)
+others = [
+    [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"],
+    ["parallel=fsdp"], ["batch_size=7"],
+]
+with process_group(torch.device("cpu")):
+    for other in others:
+        cfg = compose("vgan-train", common + (other if rank == "1" else []))
         try:
-            set_up(config, torch.device("cpu"), "fp32")
+            setup(cfg, torch.device("cpu"), "fp32")
             print("alike")
         except UserError as e:
             print(e)
 """
 
 
+@pytest.mark.slow
 def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path) -> None:
     (tmp_path / "alike.py").write_text(ALIKE)
     told = outputs(
@@ -361,30 +372,31 @@ def test_processes_with_other_settings_or_data_are_refused_by_all(tmp_path: Path
     ]
 
 
-# Weights spoiled on the second process alone, later fakes that only one process finds to be all the same.
-ONE_RANK_GOES_WRONG = """
-import os, torch, vgan.training.train
-from vgan.training.monitor import Pictures
-step, diversity, rank = vgan.training.train.train_step, SampleGrid.diversity, int(os.environ["RANK"])
-reached = [0, 0]
-def harmed(state, recipe, now, real, c, streams, weight):
-    reached[:] = int(streams.index[0]), streams.seed >> 40
-    scalars = step(state, recipe, now, real, c, streams, weight)
+# Weights spoiled on the second process alone, later a collapse that only one process sees.
+ONE_RANK_GOES_WRONG = (
+    seams.IMPORT
+    + """
+import os, torch
+rank, reached = int(os.environ["RANK"]), [0, 0]
+def harmed(step, state, how, batch, hp):
+    reached[:] = int(batch.rng.index[0]), batch.rng.seed >> 40
+    scalars = step(state, how, batch, hp)
     if rank == 1 and reached[0] >= 64 and reached[1] == 0:
         with torch.no_grad():
             next(state.G.parameters()).fill_(float("nan"))
     return scalars
-def seen(pictures):
-    value = diversity(pictures)
+def seen(diversity, grid):
     low = (rank == 1 and reached[1] == 0) or (rank == 0 and reached[0] >= 100 and reached[1] == 1)
-    return 0.0 if low else value
-vgan.training.train.train_step, SampleGrid.diversity = harmed, seen
-from vgan.cli import train_main
-train_main()
+    return {"diversity": 0.0} if low else diversity(grid)
+seams.wrap_step(harmed)
+seams.wrap_diversity(seen)
+seams.train_main()
 """
+)
 
 
-def test_the_first_process_decides_on_faults_for_all(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_first_process_decides_on_failures_for_all(tmp_path: Path) -> None:
     (tmp_path / "harm.py").write_text(ONE_RANK_GOES_WRONG)
     ticks = [
         "tick_kimg=0.016",
@@ -395,12 +407,12 @@ def test_the_first_process_decides_on_faults_for_all(tmp_path: Path) -> None:
     processes = without_torchrun(tmp_path / "harm.py", *TINY, *CHEAP, *ticks)
     told = outputs(processes)
     assert [process.returncode for process in processes] == [0, 0], told
-    faults = [
+    failures = [
         line["watchdog"] for line in lines_of(tmp_path / "r" / "stats.jsonl") if "watchdog" in line
     ]
-    assert len(faults) == 2, told
-    assert "was not finite" in faults[0]
-    assert "have collapsed" in faults[1]
+    assert len(failures) == 2, told
+    assert "was not finite" in failures[0]
+    assert "mode collapse" in failures[1]
     assert "Done: 256 images." in told[0]
     final = checkpoint.load(checkpoint.find(tmp_path / "r"))
     assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
@@ -469,4 +481,4 @@ def test_the_script_for_slurm_saves_and_asks_for_its_place_again(tmp_path: Path)
     assert (
         checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] >= reached
     )  # saved on leaving
-    assert "the same command" in out, out
+    assert "Run the same command" in out, out

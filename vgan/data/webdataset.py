@@ -18,16 +18,9 @@ import torch
 from torch import Tensor
 
 from vgan.data import shards
+from vgan.data.preprocess import MOST_BYTES, examine_file
 from vgan.data.shards import Identity, LoadingCancelled, Retries, ShardCounts
-from vgan.data.source import (
-    MOST_BYTES,
-    BadImage,
-    Dataset,
-    Examined,
-    Source,
-    check_image_settings,
-    examine_file,
-)
+from vgan.data.source import BadImage, Dataset, Examined, Source, check_image_settings
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import to_float
 from vgan.runtime.rng import permute
