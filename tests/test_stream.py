@@ -561,7 +561,7 @@ def test_a_run_without_data_saves_and_resumes_to_the_last_bit(
 
 
 class Server:
-    """Shards over HTTP. `answer(n)` says for the n-th GET: 200, another status, "short" or "hang"."""
+    """Shards over HTTP. `answer(n)` for the n-th GET is 200, another status, "short" or "hang"."""
 
     def __init__(self, folder: Path) -> None:
         self.gets, self.etags, self.heads = 0, True, True
