@@ -30,7 +30,7 @@ def flat(node: Any, name: str = "") -> dict[str, Any]:
     """Return {'a.b': value} of nested dicts. An empty dict is a value."""
     if not isinstance(node, dict) or not node:
         return {name: node}
-    values = {}
+    values: dict[str, Any] = {}
     for key, child in node.items():
         values |= flat(child, f"{name}.{key}" if name else str(key))
     return values
