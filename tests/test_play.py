@@ -38,7 +38,10 @@ assert CHROMIUM or "VGAN_BROWSER" not in os.environ, (
     "VGAN_BROWSER asks for Chromium, which is not installed"
 )
 WITHOUT_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update"
+)
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 
 
@@ -98,7 +101,7 @@ def server(backend: PageBackend, ckpt: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def runtime(pytestconfig: pytest.Config) -> Path:
-    """onnxruntime-web, kept beside pytest's own cache; the one thing that must come from a network, once."""
+    """The folder of onnxruntime-web, beside the cache of pytest; downloaded once."""
     assert pytestconfig.cache
     try:
         return static_page.find_runtime(None, pytestconfig.cache.mkdir("runtime"))
@@ -409,7 +412,7 @@ def test_what_went_wrong_is_said_in_one_line(
     errors.clear()
 
 
-# --- without a browser ----------------------------------------------------------------------------------------------
+# --- without a browser --------------------------------------------------------------------------
 
 
 @pytest.mark.browser
@@ -576,7 +579,8 @@ def test_demo_starts_says_where_and_ends_on_ctrl_c(
     code, out, err = run(cli.demo_main, f"ckpt='{ckpt}'", "port=0", "device=cpu")
     assert (code, err) == (0, "")
     assert re.match(
-        r"http://127\.0\.0\.1:\d+  \(stop with Ctrl-C\)\n.*checkpoint-000000040\.safetensors\nvgan-demo: stopped\n$",
+        r"http://127\.0\.0\.1:\d+  \(stop with Ctrl-C\)\n.*checkpoint-000000040\.safetensors\n"
+        r"vgan-demo: stopped\n$",
         out,
     )
 

@@ -34,6 +34,7 @@ PROTOCOL = {
     "labels": "none",
     "seeds": [0, 1],
 }
+cli.register_schemas()
 EVIL = "<script>alert(1)</script>\"'&${seed}"
 
 
@@ -133,7 +134,7 @@ def add(folder: Path, name: str, *lines: Any) -> None:
         )
 
 
-# --- what works -----------------------------------------------------------------------------------------------------
+# --- what works ---------------------------------------------------------------------------------
 
 
 def test_a_page_about_a_run(run: Cli, tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_time_and_resumes_follow_from_the_statistics(tmp_path: Path) -> None:
     assert [nimg for nimg, _ in log.resumes] == [3000]
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -388,7 +389,7 @@ def test_no_command_where_none_is_true() -> None:
         assert reproduced({**config, name: value}) is None, name
 
 
-# --- charts ---------------------------------------------------------------------------------------------------------
+# --- charts -------------------------------------------------------------------------------------
 
 
 def test_ticks_and_labels() -> None:
@@ -427,7 +428,7 @@ def test_charts_of_extremes() -> None:
         assert path[1].count("M") == 1 + (values == [3.0, None, 4.0])
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
