@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vgan.cli import register_schemas
@@ -40,7 +40,9 @@ def open_run(run_dir: Path) -> tuple[Run, Loader]:
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         defaults = compose("train", overrides=["run_dir=unused"])
-    cfg = typed(OmegaConf.merge(defaults, state["config"]))
+    merged = OmegaConf.merge(defaults, state["config"])
+    assert isinstance(merged, DictConfig)
+    cfg = typed(merged)
     run = setup(cfg, device, "fp32")
     run.state.load_state_dict(state)
     return run, Loader(run.dataset, cfg.batch_size, cfg.seed, device)
