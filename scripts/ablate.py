@@ -31,7 +31,7 @@ from vgan.evaluation.evaluator import make_evaluator
 from vgan.evaluation.shapes_oracle import Oracle, score_samples
 from vgan.inference.latents import draw
 from vgan.inference.load import drawing_precision, load_generator
-from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.training.summary import count_multiply_adds, count_parameters
 
 RUNGS = ("plain", "conv", "sep", "attn", "adaptive")
 # At the others' rate tanh saturates: after 4,000 images of the embedded shapes, plain's images were

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from bench import open_variant
 
-from vgan.models.cost import count_parameters
-from vgan.runtime.distributed import group, rank, world_size
+from vgan.training.summary import count_parameters
+from vgan.runtime.distributed import process_group, rank, world_size
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000)  # bytes
 BUCKET = 25_000_000  # bytes; DistributedDataParallel's own
@@ -57,7 +57,7 @@ def measure(overrides: list[str], seconds: float) -> dict[str, float]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    with group(device), open_variant(overrides) as subject:
+    with process_group(device), open_variant(overrides) as subject:
         subject.first_steps(warmup=3)
         figures = {"step": subject.seconds_per_step(seconds)}
         if world_size() > 1:

@@ -14,6 +14,7 @@ import vgan.runtime.device
 import vgan.runtime.files
 import vgan.training.setup
 import vgan.training.train
+from vgan.data.shards import Retries
 from vgan.runs import checkpoint
 from vgan.training.monitor import HoldoutLogits, PeriodicEvaluation, SampleGrid
 
@@ -120,6 +121,21 @@ def replace_disk_usage(usage: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("shutil.disk_usage", usage)
 
 
+def set_export_tolerance(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set how much the images of an export may differ from torch's."""
+    monkeypatch.setattr("vgan.inference.export.TOLERANCE", value)
+
+
+def replace_exported_forward(forward: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports from latents compute forward(self, z, c)."""
+    monkeypatch.setattr("vgan.inference.export.FromLatent.forward", forward)
+
+
+def accept_inception_weights(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Inception take the weights with these first 8 digits of their SHA-256."""
+    monkeypatch.setattr("vgan.evaluation.features.INCEPTION_SHA256", digest)
+
+
 def fake_compiler(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch.compile return its function, or fail; vgan-doctor then compiles no run."""
 
@@ -132,3 +148,8 @@ def fake_compiler(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vgan.apps.examine, "missing_compiler", lambda device: None)
     monkeypatch.setattr(vgan.apps.examine, "keep_compiled", lambda folder: None)
     monkeypatch.setattr(vgan.runtime.device, "pick_compile", lambda name, device: False)
+
+
+def replace_pause(pause: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pause(closed, seconds) wait before shards are read again; it returns closed.is_set()."""
+    monkeypatch.setattr(Retries, "pause", staticmethod(pause))

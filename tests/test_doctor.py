@@ -216,7 +216,7 @@ def test_problems_of_the_data(examine: Doctor, tmp_path: Path) -> None:
     (tmp_path / "p" / "many" / "bad.png").write_text("no picture")
     code, out = examine(*argv)
     assert code == 1
-    assert any("1 unreadable picture(s): many/bad.png" in p for p in problems(out))
+    assert any("1 unreadable image(s): many/bad.png" in p for p in problems(out))
     assert "img/s" not in out
 
 

@@ -67,7 +67,7 @@ def test_survey_counts_what_is_there(mess: Path, kind: str) -> None:
     assert found.duplicates == [["cats/a.png", "dogs/copy.bmp"]]
     assert found.per_class(2) == [2, 3]
     assert [b.split()[0] for b in found.bad] == ["cats/text.png", "dogs/cut.png"]
-    assert "(not a picture)" in found.bad[0]
+    assert "(not an image)" in found.bad[0]
 
 
 @pytest.mark.parametrize("kind", ["shapes", "npy", "folder"])
@@ -144,7 +144,7 @@ def test_check_lists_problem_files_and_fails_for_unreadable_ones(run: Cli, mess:
     code, out, _ = run(cli.data_main, "check", *argv)
     assert code == 1
     lines = out.splitlines()
-    assert lines[0] == "unreadable  cats/text.png (not a picture)"
+    assert lines[0] == "unreadable  cats/text.png (not an image)"
     assert lines[1].startswith("unreadable  dogs/cut.png (")
     assert lines[2:4] == [
         "enlarged    dogs/d.bmp (8 x 50)",
