@@ -28,12 +28,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def mess(tmp_path: Path) -> Path:
-    """Two classes: 5 good images, of which 2 are the same in other files, one is small; and 2 that cannot be read."""
+    """Two classes: 5 good images, 2 of them equal and 1 small; and 2 unreadable files."""
     rng, folder = np.random.default_rng(0), tmp_path / "mess"
     for name, size, mode, suffix in (
-        ("cats/a", (40, 30), "RGB", "png"), ("cats/b", (40, 30), "RGBA", "png"), ("dogs/c", (100, 90), "L", "jpg"),
+        ("cats/a", (40, 30), "RGB", "png"),
+        ("cats/b", (40, 30), "RGBA", "png"),
+        ("dogs/c", (100, 90), "L", "jpg"),
         ("dogs/d", (8, 50), "RGB", "bmp"),
-    ):  # fmt: skip
+    ):
         path = folder / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(1, 256, (size[1], size[0], 3), np.uint8)).convert(mode).save(
