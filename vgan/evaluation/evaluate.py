@@ -35,23 +35,12 @@ def evaluate(cfg: EvalConfig) -> list[Result]:
         if evaluator is None or settings != (data, features, holdout):
             settings = (data, features, holdout)
             dataset = build_dataset(data)
-            evaluator = make_evaluator(
-                dataset,
-                device,
-                features,
-                metrics=cfg.metrics,
-                n=cfg.n,
-                repeats=cfg.repeats,
-                seed=cfg.seed,
-                batch_size=cfg.batch_size,
-                holdout=holdout,
-            )
+            sizes = (cfg.n, cfg.repeats, cfg.seed, cfg.batch_size, holdout)
+            evaluator = make_evaluator(dataset, device, features, cfg.metrics, *sizes)
         label_dim = state["sizes"]["label_dim"]
         if label_dim not in (0, dataset.label_dim):
-            raise UserError(
-                f"ckpt={path}: has {label_dim} classes, the data has {dataset.label_dim}; "
-                "use the data of its training"
-            )
+            problem = f"has {label_dim} classes, the data has {dataset.label_dim}"
+            raise UserError(f"ckpt={path}: {problem}; use the data of its training")
         result = evaluator(restore_generator(state, device), precision, default_cache_dir())
         write_nearest(path.with_name(f"nearest-{path.stem}.png"), result)
         cur_nimg = int(state["cur_nimg"])

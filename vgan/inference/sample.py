@@ -11,23 +11,11 @@ import torch
 from torch import Tensor
 
 from vgan.config import SampleConfig
-from vgan.inference.attention_maps import (
-    attention_grid,
-    attention_maps,
-    patch_logits,
-    patch_logits_grid,
-)
+from vgan.inference import attention_maps as maps
+from vgan.inference import writers
 from vgan.inference.latents import Film, draw, interpolate, latents, render, to_host, walk
 from vgan.inference.load import drawing_precision, restore_discriminator, restore_generator
-from vgan.inference.writers import (
-    FILMS,
-    STILLS,
-    collect,
-    require_film_size,
-    require_film_writer,
-    write_film,
-    write_images,
-)
+from vgan.inference.writers import FILMS, STILLS
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runtime.device import pick_device, prepare_process
@@ -113,18 +101,18 @@ def _check_out(cfg: SampleConfig) -> Path:
     kind = out.suffix.lower()
     if out.is_dir() and kind not in known:
         kind = ""  # a folder may have a dot in its name
-    maps = cfg.show in ("attention", "patches")
-    allowed = (".png",) if maps else (*known, "")
+    shows_maps = cfg.show in ("attention", "patches")
+    allowed = (".png",) if shows_maps else (*known, "")
     if kind not in allowed:
         problem = f"unknown kind {kind}" if kind else "a folder cannot hold this"
         fix = "give a name ending in .png"
-        if not maps:
+        if not shows_maps:
             fix = f"give a name ending in {', '.join(known)}, or a folder"
         raise UserError(f"out={cfg.out}: {problem}; {fix}")
     if kind in FILMS:
         if cfg.motion is None:
             raise UserError(f"out={cfg.out}: a film needs motion=interpolate, classes or walk")
-        require_film_writer(out)
+        writers.require_film_writer(out)
     if kind and out.is_dir():
         raise UserError(f"out={cfg.out}: is a folder; give the name of a file in it")
     if not kind and out.exists() and not out.is_dir():
@@ -152,7 +140,7 @@ def _write_images(cfg: SampleConfig, G: GeneratorBase, precision: str, out: Path
     selected = zip(index.split(cfg.batch_size), classes.split(cfg.batch_size))
     batches = to_host(draw(G, i, cfg.seed, c, cfg.truncation, precision) for i, c in selected)
     zoom = cfg.zoom or zoom_for(G.img_resolution)
-    write_images(out, index.tolist(), batches, zoom, cfg.columns)
+    writers.write_images(out, index.tolist(), batches, zoom, cfg.columns)
     return f"{len(index):,} images"
 
 
@@ -167,13 +155,13 @@ def _write_film(cfg: SampleConfig, G: GeneratorBase, precision: str, out: Path) 
     if kind in FILMS:
         columns = min(cfg.columns or math.ceil(math.sqrt(cfg.tiles)), cfg.tiles)
         side = zoom * G.img_resolution
-        require_film_size(out, side * math.ceil(cfg.tiles / columns), side * columns)
-        images = collect(batches, total).unflatten(0, (len(film), cfg.tiles))
+        writers.require_film_size(out, side * math.ceil(cfg.tiles / columns), side * columns)
+        images = writers.collect(batches, total).unflatten(0, (len(film), cfg.tiles))
         frames = np.stack([grid(frame, columns) for frame in images])
-        write_film(out, frames, cfg.fps, zoom)
+        writers.write_film(out, frames, cfg.fps, zoom)
     else:  # single frames; each row of a grid goes from one image to the next
         columns = cfg.columns or cfg.frames * cfg.tiles
-        write_images(out, list(range(total)), batches, zoom, columns)
+        writers.write_images(out, list(range(total)), batches, zoom, columns)
     return f"{len(film):,} frames"
 
 
@@ -224,7 +212,7 @@ def _write_attention(cfg: SampleConfig, G: GeneratorBase, precision: str, out: P
             rule = f"must be [row,column] in pixels from 0 to {side - 1}"
             raise UserError(f"query={list(cfg.query)}: {rule}")
         query = (cfg.query[0] / side, cfg.query[1] / side)
-    write_png(out, attention_grid(*attention_maps(G, z, c, precision), query))
+    write_png(out, maps.attention_grid(*maps.attention_maps(G, z, c, precision), query))
     return f"attention of {len(z)} images"
 
 
@@ -234,5 +222,6 @@ def _write_patches(
     z, c = _map_inputs(cfg, G)
     D = restore_discriminator(state, z.device)
     images = render(G, z, c, precision)
-    write_png(out, patch_logits_grid(images, patch_logits(D, images, c, precision)))
+    logits = maps.patch_logits(D, images, c, precision)
+    write_png(out, maps.patch_logits_grid(images, logits))
     return f"patches of {len(z)} images"
