@@ -77,6 +77,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow  # the interpreter runs one element at a time
 @pytest.mark.parametrize(("code", "interpret"), [(AGAINST_TORCH, "1"), (FOR_HOPPER, "0")])
 def test_operator(code: str, interpret: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": interpret}

@@ -1,1 +1,1 @@
-"""Data sets: where pictures come from, the packed store they are kept in, and the feed that hands out batches."""
+"""Data sets: sources of images, their packed form, loaders and augmentation."""

@@ -1,8 +1,9 @@
-"""Differentiable augmentation of batches inside the training step, so that small data sets are not learned by heart.
+"""Differentiable augmentation of batches inside the training step, against overfitting.
 
-Reals and fakes pass through the same transforms before the discriminator sees them (Zhao et al. 2020, DiffAugment;
-Karras et al. 2020, ADA), each transform with probability p for every picture. Shapes are static and there is no branch on
-data, so the whole compiles. The penalties are taken behind it, so no transform needs a second derivative.
+Reals and fakes pass through the same transforms before the discriminator (Zhao et al. 2020,
+DiffAugment; Karras et al. 2020, ADA), each transform with probability p per image. Shapes are
+static and no branch depends on data, so that everything compiles. The penalties are taken on the
+augmented images, so no transform needs a second derivative.
 """
 
 import math
@@ -16,29 +17,29 @@ from vgan.runtime.rng import Streams
 
 # Images (N, C, H, W) in [-1, 1], apply (N,) of 0 or 1, u (N, 3) uniform in [0, 1) -> images.
 Transform = Callable[[Tensor, Tensor, Tensor], Tensor]
-# apply, u -> what the transform does as one matrix for each picture: (N, 3, 3) from places in the result to places in the
-# picture, in halves of its width from its middle; or (N, 4, 4) from colours to colours
+# apply, u -> one matrix per image: (N, 3, 3) from positions in the result to positions in the
+# image, in half widths from the centre; or (N, 4, 4) from colours to colours.
 Matrix = Callable[[Tensor, Tensor], Tensor]
-_DRAWS = 4  # uniform numbers a transform and picture: one decides whether, three how
+_DRAWS = 4  # uniform numbers per transform and image: one selects it, three are parameters
 
 
 # Whole pixels: exact copies.
 
 
 def flip(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
-    """Left-right, in half of the chosen pictures."""
+    """Mirror half of the selected images left to right."""
     return torch.where(_wide((apply > 0) & (u[:, 0] < 0.5)), x.flip(3), x)
 
 
 def quarter_turns(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
-    """By 0, 90, 180 or 270 degrees."""
+    """Rotate by 0, 90, 180 or 270 degrees."""
     turns = (u[:, 0] * 4).long() * apply.long()
     x = torch.where(_wide(turns % 2 == 1), x.transpose(2, 3).flip(2), x)
     return torch.where(_wide(turns >= 2), x.flip(2, 3), x)
 
 
 def translation(x: Tensor, apply: Tensor, u: Tensor, reach: float = 0.125) -> Tensor:
-    """By whole pixels, up to an eighth of the size each way; mid-grey (0) comes in from outside."""
+    """Shift by whole pixels, up to `reach` of the size; the uncovered part is mid-grey (0)."""
     for dim in (2, 3):
         size = x.shape[dim]
         most = int(size * reach)
@@ -52,7 +53,7 @@ def translation(x: Tensor, apply: Tensor, u: Tensor, reach: float = 0.125) -> Te
 
 
 def cutout(x: Tensor, apply: Tensor, u: Tensor, share: float = 0.5) -> Tensor:
-    """A square of half the width, anywhere, becomes mid-grey."""
+    """Replace a square of `share` of the width, at a random place, by mid-grey."""
     hidden = apply.new_ones(())
     for dim in (2, 3):
         size = x.shape[dim]
@@ -64,30 +65,30 @@ def cutout(x: Tensor, apply: Tensor, u: Tensor, share: float = 0.5) -> Tensor:
     return x * (1 - hidden * _wide(apply))
 
 
-# Geometry with interpolation: one matrix each, so that a picture is resampled once.
+# Geometry with interpolation: one matrix each, so that an image is resampled once.
 
 
 def scale(apply: Tensor, u: Tensor) -> Tensor:
-    """Larger or smaller by 2^N(0, 0.2^2), both sides alike."""
+    """Scale both sides by 2^N(0, 0.2^2)."""
     s = torch.exp2(-0.2 * _normal(u[:, 0]) * apply)
     return _stretched(s, s)
 
 
 def stretch(apply: Tensor, u: Tensor) -> Tensor:
-    """Wider and as much lower, or the reverse, by 2^N(0, 0.2^2)."""
+    """Scale the width by 2^N(0, 0.2^2) and the height by its inverse."""
     s = torch.exp2(-0.2 * _normal(u[:, 0]) * apply)
     return _stretched(s, 1 / s)
 
 
 def rotation(apply: Tensor, u: Tensor) -> Tensor:
-    """By any angle."""
+    """Rotate by any angle."""
     angle = (u[:, 0] * 2 - 1) * math.pi * apply
     c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     return _rows([c, -s, zero], [s, c, zero], [zero, zero, one])
 
 
 def shift(apply: Tensor, u: Tensor) -> Tensor:
-    """By N(0, 0.125^2) of the width, either way, between pixels too."""
+    """Shift by N(0, 0.125^2) of the size in both directions, also by parts of a pixel."""
     x, y = (-2 * 0.125 * _normal(u[:, i]) * apply for i in range(2))
     zero, one = torch.zeros_like(x), torch.ones_like(x)
     return _rows([one, zero, x], [zero, one, y], [zero, zero, one])
@@ -97,24 +98,24 @@ def shift(apply: Tensor, u: Tensor) -> Tensor:
 
 
 def brightness(apply: Tensor, u: Tensor) -> Tensor:
-    """Plus N(0, 0.2^2)."""
+    """Add N(0, 0.2^2)."""
     return _moved(_identity(apply, 3), (0.2 * _normal(u[:, 0]) * apply)[:, None].expand(-1, 3))
 
 
 def contrast(apply: Tensor, u: Tensor) -> Tensor:
-    """Times 2^N(0, 0.5^2), around mid-grey."""
+    """Multiply by 2^N(0, 0.5^2), around mid-grey."""
     factor = torch.exp2(0.5 * _normal(u[:, 0]) * apply)
     return _moved(_identity(apply, 3) * factor[:, None, None])
 
 
 def luma_flip(apply: Tensor, u: Tensor) -> Tensor:
-    """Light for dark with the colours kept, in half of the chosen pictures: a reflection along grey (Householder)."""
+    """Invert the luma, not the hue, of half of the selected images (Householder reflection)."""
     flipped = apply * (u[:, 0] < 0.5)
     return _moved(_identity(apply, 3) - 2 * flipped[:, None, None] * _grey(apply))
 
 
 def hue(apply: Tensor, u: Tensor) -> Tensor:
-    """Colours turned around the grey axis by any angle."""
+    """Rotate colours around the grey axis by any angle."""
     angle = ((u[:, 0] * 2 - 1) * math.pi * apply)[:, None, None]
     grey = _grey(apply)
     r = 1 / math.sqrt(3)
@@ -125,13 +126,16 @@ def hue(apply: Tensor, u: Tensor) -> Tensor:
 
 
 def saturation(apply: Tensor, u: Tensor) -> Tensor:
-    """Distance from grey times 2^N(0, 1)."""
+    """Multiply the distance from grey by 2^N(0, 1)."""
     factor = torch.exp2(_normal(u[:, 0]) * apply)[:, None, None]
     return _moved(factor * _identity(apply, 3) + (1 - factor) * _grey(apply))
 
 
 def colour(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
-    """DiffAugment's: brightness +-0.5, saturation times 0 to 2 (RGB only) and contrast times 0.5 to 1.5 around the mean."""
+    """Apply the colour transform of DiffAugment.
+
+    Brightness +-0.5, saturation times 0 to 2 (RGB only), contrast times 0.5 to 1.5 around the mean.
+    """
     apply = _wide(apply)
     brightness, saturation, contrast = (_wide(u[:, i]) for i in range(3))
     x = x + (brightness - 0.5) * apply
@@ -153,18 +157,20 @@ GEOMETRY: dict[str, Matrix] = {
     "shift": shift,
 }
 COLOURS: dict[str, Matrix] = {
-    "brightness": brightness, "contrast": contrast, "luma_flip": luma_flip, "hue": hue, "saturation": saturation,
+    "brightness": brightness, "contrast": contrast, "luma_flip": luma_flip,
+    "hue": hue, "saturation": saturation,
 }  # fmt: skip
 LAST: dict[str, Transform] = {"colour": colour, "cutout": cutout}
 TRANSFORMS = (*COPIES, *GEOMETRY, *COLOURS, *LAST)
 
 
 class Augment:
-    """The named transforms, each with probability p a picture: whole pixels first, then geometry, colours, cutout.
+    """The named transforms, each with probability p per image.
 
-    __call__(images (N, C, H, W) in [-1, 1], p in [0, 1], streams, name) -> images; `name` keeps the draws of reals and
-    fakes apart. Geometry mirrors the picture at its border; rotation is left to chance 1 - sqrt(1 - p), as ADA does, since it
-    leaves few pictures upright.
+    __call__(images (N, C, H, W) in [-1, 1], p in [0, 1], streams, name) -> images. `name` separates
+    the random numbers of reals and fakes. Order: whole pixels, geometry, colours, cutout. Geometry
+    mirrors the image at its border. The probability of rotation is 1 - sqrt(1 - p), as in ADA,
+    since it leaves few images upright.
     """
 
     def __init__(self, transforms: Sequence[str] = ()) -> None:
@@ -176,9 +182,8 @@ class Augment:
     def __call__(self, images: Tensor, p: float | Tensor, streams: Streams, name: str) -> Tensor:
         if not self.transforms:
             return images
-        draws = streams.uniform(f"augment_{name}", _DRAWS * len(self.transforms)).unflatten(
-            1, (-1, _DRAWS)
-        )
+        draws = streams.uniform(f"augment_{name}", _DRAWS * len(self.transforms))
+        draws = draws.unflatten(1, (-1, _DRAWS))
         chosen = {}
         for i, transform in enumerate(self.transforms):
             chance = 1 - (1 - p) ** 0.5 if transform == "rotation" else p
@@ -195,34 +200,36 @@ class Augment:
 
 
 def resample(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
-    """Each picture through the product of its matrices (N, 3, 3), bilinearly, mirrored at the border."""
+    """Resample images by the product of their matrices (N, 3, 3), bilinear, mirrored at borders."""
     if not steps:
         return images
     product = steps[-1]
     for step in reversed(steps[:-1]):
-        product = step @ product  # the result's place goes through the last step first
+        product = step @ product  # a position in the result passes the last step first
     grid = F.affine_grid(product[:, :2].contiguous(), list(images.shape), align_corners=False)
-    # mirrored twice at most: further out the border repeats, which keeps the places finite
+    # Mirrored at most twice; further out the border repeats, which keeps positions finite.
     moved = F.grid_sample(
         images, grid.clamp(-3, 3), mode="bilinear", padding_mode="reflection", align_corners=False
     )
     untouched = (product == torch.eye(3, device=product.device)).flatten(1).all(1)
-    return torch.where(_wide(untouched), images, moved)  # exactly as it was, not to rounding
+    return torch.where(_wide(untouched), images, moved)  # exact, without rounding
 
 
 def recolour(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
-    """Each picture's colours through the product of its matrices (N, 4, 4). Grey pictures take the part that acts on grey."""
+    """Transform colours by the product of the matrices (N, 4, 4) of each image.
+
+    Grey images use the part of the matrix that acts on grey.
+    """
     if not steps:
         return images
     product = steps[0]
     for step in steps[1:]:
         product = step @ product
     if images.shape[1] == 1:
-        row = product[:, :3].mean(1)  # what becomes of (g, g, g)
+        row = product[:, :3].mean(1)  # the result for (g, g, g)
         return images * _wide(row[:, :3].sum(1)) + _wide(row[:, 3])
-    return (
-        torch.einsum("nij,njhw->nihw", product[:, :3, :3], images) + product[:, :3, 3, None, None]
-    )
+    mixed = torch.einsum("nij,njhw->nihw", product[:, :3, :3], images)
+    return mixed + product[:, :3, 3, None, None]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -231,12 +238,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _normal(u: Tensor) -> Tensor:
-    """Uniform in [0, 1) -> N(0, 1), cut at 4 standard deviations."""
+    """Uniform in [0, 1) -> N(0, 1), clipped at 4 standard deviations."""
     return math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.99993, 0.99993))
 
 
 def _rows(*rows: Sequence[Tensor]) -> Tensor:
-    """Entries (N,) -> matrices (N, rows, columns)."""
+    """Return matrices (N, rows, columns) of entries (N,)."""
     return torch.stack([torch.stack(list(row), 1) for row in rows], 1)
 
 
@@ -251,7 +258,7 @@ def _identity(like: Tensor, n: int) -> Tensor:
 
 
 def _grey(like: Tensor) -> Tensor:
-    """The projection on the axis of greys (N, 3, 3)."""
+    """Return the projection on the grey axis (N, 3, 3)."""
     return torch.full((len(like), 3, 3), 1 / 3, device=like.device, dtype=like.dtype)
 
 

@@ -1,7 +1,8 @@
-"""The embedded default: coloured shapes drawn by code.
+"""data=shapes: coloured shapes drawn by code, which need no download.
 
-One antialiased filled shape in one of eight colours on a plain light ground, at a random place, size and tilt. The
-label is the shape; every picture is a pure function of (seed, index).
+Each image shows one antialiased filled shape in one of eight colours on a plain light background,
+at a random place, size and rotation. The label is the shape. An image is a function of (seed,
+index).
 """
 
 import hashlib
@@ -29,15 +30,15 @@ COLOURS = {
 }
 COLOUR_NAMES = tuple(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)  # (8, 3)
-_GROUND = (228.0, 252.0)  # range of each channel of the ground: off-white with a faint tint
-RADIUS = (0.28, 0.4)  # of the picture's width
-_TILT = math.radians(30)  # at most, either way
-_BLOCK = 500  # pictures drawn at once
+_BACKGROUND = (228.0, 252.0)  # range of each channel: off-white with a faint tint
+RADIUS = (0.28, 0.4)  # of the image's width
+_TILT = math.radians(30)  # at most, in both directions
+_BLOCK = 500  # images drawn at once
 _DRAWING = threading.Lock()
 
 
 def _star(r: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Five points: the line from a point at radius 1 to the notch at 0.42, folded ten times about the centre."""
+    """Return the signed distance to a star: the edge from radius 1 to 0.42, folded ten times."""
     fold = 2 * math.pi / 5
     a = np.abs((angle + math.pi / 2) % fold - fold / 2)  # 0 at a notch, pi / 5 at a point
     x, y = r * np.cos(a), r * np.sin(a)
@@ -46,19 +47,16 @@ def _star(r: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A square standing on its corner with two half discs on its upper sides: exact where it matters, near the outline."""
+    """Return the signed distance to a rotated square with two half discs, exact near 0."""
     half, x, y = 0.52, np.abs(x), 0.1 - y  # half the square's side; y upwards
-    u, v = (
-        (x + y) / math.sqrt(2),
-        (x - y) / math.sqrt(2),
-    )  # along the upper right side, and across it
+    u, v = (x + y) / math.sqrt(2), (x - y) / math.sqrt(2)  # along and across the upper right side
     square = np.maximum(np.abs(u), np.abs(v)) - half
     disc = np.hypot(u - half, v) - half
     return np.minimum(square, disc)
 
 
 def outline(shape: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance (negative inside) of points to a shape of radius about 1, x to the right, y downwards."""
+    """Return signed distances, negative inside, to a shape of radius about 1; y is down."""
     r = np.hypot(x, y)
     ax, ay = np.abs(x), np.abs(y)
     name = SHAPE_NAMES[shape]
@@ -87,8 +85,10 @@ def coverage(
     turn: np.ndarray,
     size: int,
 ) -> np.ndarray:
-    """How much of each pixel of N pictures a shape covers: (N, size, size) float32 in [0, 1]. Lengths in pixels, turn in
-    radians."""
+    """Return the share of each pixel that a shape covers: (N, size, size) float32 in [0, 1].
+
+    shape, cx, cy, radius, turn: (N,). Lengths are in pixels, turn is in radians.
+    """
     at = np.arange(size, dtype=np.float32) + 0.5
     x = (at[None, None, :] - cx[:, None, None]) / radius[:, None, None]
     y = (at[None, :, None] - cy[:, None, None]) / radius[:, None, None]
@@ -96,18 +96,18 @@ def coverage(
     x, y = (c * x + s * y).astype(np.float32), (c * y - s * x).astype(np.float32)
     distance = np.empty((len(shape), size, size), np.float32)
     for kind in range(len(SHAPE_NAMES)):
-        mine = shape == kind
-        distance[mine] = outline(kind, x[mine], y[mine])
+        chosen = shape == kind
+        distance[chosen] = outline(kind, x[chosen], y[chosen])
     return (0.5 - distance * radius[:, None, None]).clip(0, 1)
 
 
 class Shapes(Source):
-    """The data set of `size` pictures of `resolution` px; `seed` chooses another set of the same kind."""
+    """A data set of `size` images of `resolution` px; another `seed` gives other images."""
 
     def __init__(self, resolution: int = 32, size: int = 50_000, seed: int = 0) -> None:
         check_image_settings(resolution)
         if size < 2:
-            raise UserError(f"data.size={size}: training needs at least 2 pictures")
+            raise UserError(f"data.size={size}: training needs at least 2 images")
         if seed < 0:
             raise UserError(f"data.seed={seed}: must be 0 or above")
         self.name, self.img_resolution, self.img_channels = "shapes", resolution, 3
@@ -119,15 +119,13 @@ class Shapes(Source):
         return self._size
 
     def fingerprint(self) -> str:
-        drawn = hashlib.sha256(
-            self.render(np.arange(16))[0].tobytes()
-        ).hexdigest()  # changes with the drawing
-        return hashlib.sha256(
-            f"{self.img_resolution} {self._size} {self._seed} {drawn}".encode()
-        ).hexdigest()
+        # The first images are included, so that it changes with the drawing.
+        drawn = hashlib.sha256(self.render(np.arange(16))[0].tobytes()).hexdigest()
+        settings = f"{self.img_resolution} {self._size} {self._seed} {drawn}"
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
-        with _DRAWING:  # so that a block is drawn once, not once by each thread
+        with _DRAWING:  # so that only one thread draws a block
             images, shapes = self._block(i // _BLOCK)
         return images[i % _BLOCK], int(shapes[i % _BLOCK])
 
@@ -135,7 +133,7 @@ class Shapes(Source):
         return self.render(np.arange(block * _BLOCK, (block + 1) * _BLOCK))[:2]
 
     def render(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures number `index` (N,) as uint8 (N, H, W, 3), with their shapes (N,) and colours (N,)."""
+        """Return images `index` (N,) as uint8 (N, H, W, 3), their shapes (N,) and colours (N,)."""
         size, i = self.img_resolution, torch.from_numpy(np.asarray(index, dtype=np.int64))
         shape = integers(self._seed, "shape", i, len(SHAPE_NAMES)).numpy()
         colour = integers(self._seed, "colour", i, len(COLOURS)).numpy()
@@ -143,6 +141,8 @@ class Shapes(Source):
         radius = size * (RADIUS[0] + u[:, 0] * (RADIUS[1] - RADIUS[0]))
         cx, cy = (radius + u[:, k] * (size - 2 * radius) for k in (1, 2))
         cover = coverage(shape, cx, cy, radius, (u[:, 3] * 2 - 1) * _TILT, size)[..., None]
-        ground = (_GROUND[0] + u[:, 4:7] * (_GROUND[1] - _GROUND[0]))[:, None, None, :]
-        images = ground + cover * (PALETTE[colour][:, None, None, :] - ground)
+        background = (_BACKGROUND[0] + u[:, 4:7] * (_BACKGROUND[1] - _BACKGROUND[0]))[
+            :, None, None, :
+        ]
+        images = background + cover * (PALETTE[colour][:, None, None, :] - background)
         return images.round().astype(np.uint8), shape, colour

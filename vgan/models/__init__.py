@@ -1,1 +1,1 @@
-"""Generators, the discriminator and the layers they are made of. Constructors take plain arguments."""
+"""Generators, the discriminator and their layers. Constructors take plain arguments."""

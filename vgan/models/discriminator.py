@@ -19,7 +19,7 @@ from vgan.models.layers import (
 class DiscriminatorBase(nn.Module):
     """The base class of all discriminators: a network from images and classes to logits.
 
-    forward(x, c): x (N, C, H, W) in [-1, 1]; c (N, label_dim) one-hot, or None where label_dim is 0.
+    forward(x, c): x (N, C, H, W) in [-1, 1]; c (N, label_dim) one-hot, or None if label_dim is 0.
     Returns (N, 1, h, w). Optional: `jvp` (for penalty=jvp), `logit_map` and `receptive_field_px`.
     """
 

@@ -1,13 +1,15 @@
-"""Leaky ReLU with bias and a depthwise 3x3 convolution as one operator, in Triton, for NVIDIA GPUs.
+"""Leaky ReLU with bias and a depthwise 3x3 convolution as one Triton operator for NVIDIA GPUs.
 
-    y = K * leaky_relu(x + bias), one 3x3 filter for every channel, zeros outside the map
+    y = K * leaky_relu(x + bias), one 3x3 filter per channel, zeros outside the map
 
-Plain torch writes the activation to memory and reads it back, in both directions. Here it exists in registers only: the
-forward pass reads and writes one map each, the backward pass reads two and writes one. With `pairs` the batch holds values in
-its first half and tangents in its second, as in `vgan.models.layers.BiasLeakyReLU`.
+Plain torch writes the activation to memory and reads it back, in both passes. Here it stays in
+registers: the forward pass reads and writes one map, the backward pass reads two and writes one.
+With `pairs` the batch holds values in its first half and tangents in its second half, as in
+`vgan.models.layers.BiasLeakyReLU`.
 
-Maps are channels-last. A program works on ROWS rows by CHANNELS channels and goes along the width once. Each column is
-loaded when its turn comes and gives its share to the three outputs that see it, which wait in registers.
+Maps are channels-last. A program processes ROWS rows by CHANNELS channels and moves along the width
+once. It loads each column once and adds it to the three outputs that depend on it, which are kept
+in registers.
 """
 
 from typing import Any
@@ -18,18 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, CHANNELS = 4, 128  # of one tile
-TILES = (
-    8  # tiles that a program of the backward pass works through, so that its partial sums are few
-)
+TILES = 8  # tiles per program of the backward pass, which limits the number of partial sums
 TAPS = 9
 
 
 def activated_depthwise(
     x: Tensor, bias: Tensor, weight: Tensor, leak: float, pairs: bool = False
 ) -> Tensor:
-    """x (N, C, H, W), bias (C,), weight (C, 1, 3, 3) -> (N, C, H, W) in x's type; sums in float32 (float64 for float64).
+    """Return the convolution of the activation of x (N, C, H, W) in the type of x.
 
-    Differentiable once, in x, bias and weight. Under torch.compile an operator of its own, so graphs stay whole.
+    bias (C,), weight (C, 1, 3, 3). Sums are in float32 (float64 for float64). Differentiable once,
+    in x, bias and weight. torch.compile sees one operator, so graphs are not broken.
     """
     return _operator(x, bias, weight, leak, pairs)
 
@@ -53,7 +54,7 @@ def _operator_backward(
     rows, sizes = _sizes(x, pairs)
     channels = x.shape[1]
     programs = triton.cdiv(rows, ROWS * TILES)
-    # Each program's sums on their own: added by atomics they would come out otherwise in every run.
+    # One sum per program: atomic additions would differ from run to run.
     sums = torch.empty(programs, TAPS + 1, channels, device=x.device, dtype=_wide(x.dtype))
     grid = (programs, triton.cdiv(channels, CHANNELS))
     _backward_kernel[grid](
@@ -96,23 +97,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sizes(x: Tensor, pairs: bool) -> tuple[int, dict[str, Any]]:
-    """Rows of all pictures (of the values among them, for pairs), and what both kernels are specialised for."""
+    """Return the number of rows of all images (for pairs: of the values) and the constants."""
     n, channels, height, width = x.shape
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    sizes = {
-        "H": height,
-        "W": width,
-        "C": channels,
-        "ROWS": ROWS,
-        "CHANNELS": CHANNELS,
-        "WIDE": wide,
-    }
+    sizes: dict[str, Any] = {"H": height, "W": width, "C": channels}
+    sizes |= {"ROWS": ROWS, "CHANNELS": CHANNELS, "WIDE": wide}
     return (n // 2 if pairs else n) * height, sizes
 
 
 @triton.jit
 def _column(base, row, w, channel, keep, W: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
-    """(ROWS, CHANNELS) of a map at column w; 0 where `keep` is false."""
+    """Load (ROWS, CHANNELS) of a map at column w; 0 where `keep` is false."""
     at = (row.to(tl.int64) * W + w) * C
     return tl.load(base + at[:, None] + channel[None, :], mask=keep, other=0.0).to(WIDE)
 
@@ -130,29 +125,24 @@ def _tap(weight, channel, in_c, i: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _taps(w, channel, in_c, WIDE: tl.constexpr):
-    """The nine taps of every channel's filter, each (1, CHANNELS), row by row."""
-    top = (
-        _tap(w, channel, in_c, 0, WIDE),
-        _tap(w, channel, in_c, 1, WIDE),
-        _tap(w, channel, in_c, 2, WIDE),
-    )
-    middle = (
-        _tap(w, channel, in_c, 3, WIDE),
-        _tap(w, channel, in_c, 4, WIDE),
-        _tap(w, channel, in_c, 5, WIDE),
-    )
-    bottom = (
-        _tap(w, channel, in_c, 6, WIDE),
-        _tap(w, channel, in_c, 7, WIDE),
-        _tap(w, channel, in_c, 8, WIDE),
-    )
-    return top[0], top[1], top[2], middle[0], middle[1], middle[2], bottom[0], bottom[1], bottom[2]
+    """Load the nine taps of every channel's filter, each (1, CHANNELS), row by row."""
+    k0 = _tap(w, channel, in_c, 0, WIDE)
+    k1 = _tap(w, channel, in_c, 1, WIDE)
+    k2 = _tap(w, channel, in_c, 2, WIDE)
+    k3 = _tap(w, channel, in_c, 3, WIDE)
+    k4 = _tap(w, channel, in_c, 4, WIDE)
+    k5 = _tap(w, channel, in_c, 5, WIDE)
+    k6 = _tap(w, channel, in_c, 6, WIDE)
+    k7 = _tap(w, channel, in_c, 7, WIDE)
+    k8 = _tap(w, channel, in_c, 8, WIDE)
+    return k0, k1, k2, k3, k4, k5, k6, k7, k8
 
 
 @triton.jit
 def _forward_kernel(
-    x, bias, weight, y, rows, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, LEAK: tl.constexpr, PAIRS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    x, bias, weight, y, rows, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    LEAK: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """With PAIRS, the tangents of row r are at r + rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -162,12 +152,8 @@ def _forward_kernel(
     b = tl.load(bias + channel, mask=in_c, other=0.0).to(WIDE)[None, :]
     k = _taps(weight, channel, in_c, WIDE)
     zero = tl.zeros((ROWS, CHANNELS), WIDE)
-    left, middle, t_left, t_middle = (
-        zero,
-        zero,
-        zero,
-        zero,
-    )  # the outputs at w - 1 and w, as far as they are known
+    # The outputs at w - 1 and w, as far as they are summed.
+    left, middle, t_left, t_middle = zero, zero, zero, zero
     for w in range(W + 1):
         right, t_right = zero, zero
         for i in tl.static_range(3):
@@ -194,39 +180,27 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, x, bias, weight, grad_x, sums, rows, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, LEAK: tl.constexpr,
-    PAIRS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr,
+    grad, x, bias, weight, grad_x, sums, rows, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    LEAK: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The same walk over `grad`, filter turned round; the activations a at w - 1, w and w + 1 wait for the filter's gradient.
+    """Move over `grad` with the flipped filter; keep the activations a at w - 1, w and w + 1.
 
-    d y(p) / d a(p + d) = K(d), so grad_a(q) = sum_d K(d) grad(q - d) and grad_K(d) = sum_q a(q) grad(q - d).
+    d y(p) / d a(p + d) = K(d), so grad_a(q) = sum_d K(d) grad(q - d)
+    and grad_K(d) = sum_q a(q) grad(q - d).
     """
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_c = channel < C
     b = tl.load(bias + channel, mask=in_c, other=0.0).to(WIDE)[None, :]
     k = _taps(weight, channel, in_c, WIDE)
     zero = tl.zeros((ROWS, CHANNELS), WIDE)
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, sb = (
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-    )
+    s0, s1, s2, s3, s4 = zero, zero, zero, zero, zero
+    s5, s6, s7, s8, sb = zero, zero, zero, zero, zero
     for tile in range(TILES):
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & in_c[None, :]
-        left, middle, t_left, t_middle = (
-            zero,
-            zero,
-            zero,
-            zero,
-        )  # grad_a at w - 1 and w, as far as they are known
+        # grad_a at w - 1 and w, as far as it is summed.
+        left, middle, t_left, t_middle = zero, zero, zero, zero
         pre = _column(x, row, 0, channel, inside, W, C, WIDE) + b
         a_left, a_middle = zero, tl.where(inside, pre * tl.where(pre > 0, 1.0, LEAK), 0.0)
         slope_left, slope_middle = zero, tl.where(pre > 0, 1.0, LEAK)
@@ -272,12 +246,8 @@ def _backward_kernel(
                 _put(grad_x, row + rows, w - 1, channel, known, t_left * slope_left, W, C)
                 t_left, t_middle = t_middle, t_right
                 ta_left, ta_middle = ta_middle, ta_right
-            a_left, a_middle, slope_left, slope_middle = (
-                a_middle,
-                a_right,
-                slope_middle,
-                slope_right,
-            )
+            a_left, a_middle = a_middle, a_right
+            slope_left, slope_middle = slope_middle, slope_right
     out = sums + tl.program_id(0) * 10 * C + channel
     tl.store(out, tl.sum(s0, 0), mask=in_c)
     tl.store(out + C, tl.sum(s1, 0), mask=in_c)
