@@ -1,13 +1,14 @@
-"""The ladder of generators at equal parameters and equal training time: does each layer earn its place?
+"""Compare the generators at equal parameters and equal training time: does each layer help?
 
-    uv run python scripts/ablate.py --minutes 3 --seeds 3 --out outputs/ladder                      # the embedded shapes
-    uv run python scripts/ablate.py data=cifar10 size=m batch_size=256 --minutes 10 --out outputs/ladder-cifar10
-    uv run python scripts/ablate.py --minutes 3 --jobs 2 threads=1                                  # two runs side by side
+    uv run python scripts/ablate.py --minutes 3 --seeds 3 --out outputs/ladder
+    uv run python scripts/ablate.py data=cifar10 size=m batch_size=256 --minutes 10
+    uv run python scripts/ablate.py --minutes 3 --jobs 2 threads=1       # two runs side by side
 
-Takes vgan-train's overrides for all of them. Each rung's channels are scaled (in steps of 8) until its generator has as
-many parameters as attn's; its images a second are measured on this machine, all rungs in turn; and each gets as many images
-as fit the minutes, so that a slower machine moves the budget but not the comparison. Writes ladder.md, ladder.json and
-ladder.png (with matplotlib), and evaluates as vgan-eval does. What is finished is kept: the same command goes on.
+Takes vgan-train's overrides for all generators. Channels are scaled in steps of 8 until a
+generator has as many parameters as attn's. Images per second are measured on this machine, one
+generator after another, and each gets as many images as fit the minutes, so that a slower machine
+changes the budget but not the comparison. Writes ladder.md, ladder.json and, with matplotlib,
+ladder.png; evaluates as vgan-eval does. The same command resumes: finished parts are kept.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import prepare, step_seconds
+from bench import build_run, open_variant
 
 from vgan.data.packed import default_cache_dir
 from vgan.data.shapes import SHAPE_NAMES
@@ -30,63 +31,56 @@ from vgan.evaluation.evaluator import make_evaluator
 from vgan.evaluation.shapes_oracle import Oracle, score_samples
 from vgan.inference.latents import draw
 from vgan.inference.load import drawing_precision, load_generator
-from vgan.models.cost import count_multiply_adds, count_parameters
-from vgan.runtime.device import pick_device
+from vgan.training.summary import count_multiply_adds, count_parameters
 
 RUNGS = ("plain", "conv", "sep", "attn", "adaptive")
-# Tanh saturates at the others' rate: after 4,000 images of the embedded shapes plain's pictures were white, its gradient 0
-PLAINS_LR = 1e-3
+# At the others' rate tanh saturates: after 4,000 images of the embedded shapes, plain's images were
+# white and its gradient 0.
+PLAIN_LR = 1e-3
 
 
 def widths_override(widths: Sequence[int], factor: float) -> str:
-    return f"size.g_widths=[{','.join(str(max(8, round(w * factor / 8) * 8)) for w in widths)}]"
+    """Return the override that scales the widths, in steps of 8."""
+    scaled = [max(8, round(width * factor / 8) * 8) for width in widths]
+    return f"size.g_widths=[{','.join(map(str, scaled))}]"
 
 
 def matched(rung: str, overrides: list[str]) -> list[str]:
-    """The overrides of a rung whose generator has as many parameters as attn's, to the nearest step of its widths."""
-    reference = prepare([*overrides, "model=attn", "compile=false"]).run
-    target, widths = count_parameters(reference.state.G), reference.config["size"]["g_widths"]
+    """Return the overrides of a generator scaled to the number of parameters of attn's."""
     if rung == "attn":
         return [*overrides, "model=attn"]
+    reference = build_run([*overrides, "model=attn"])
+    target, widths = count_parameters(reference.state.G), reference.cfg.size.g_widths
     options = list(dict.fromkeys(widths_override(widths, f / 40) for f in range(10, 160)))
 
     def size(option: str) -> int:
-        return count_parameters(
-            prepare([*overrides, f"model={rung}", option, "compile=false"]).run.state.G
-        )
+        run = build_run([*overrides, f"model={rung}", option])
+        return count_parameters(run.state.G)
 
     extra = []
     if rung == "plain":
-        ramp = reference.config["optim"]["lr_G"]
-        extra = [
-            f"optim.lr_G.{end}={min(ramp[end], most)}"
-            for end, most in (("start", PLAINS_LR), ("end", PLAINS_LR / 2))
-        ]
+        ramp = reference.cfg.optim.lr_G
+        extra = [f"optim.lr_G.start={min(ramp.start, PLAIN_LR)}"]
+        extra += [f"optim.lr_G.end={min(ramp.end, PLAIN_LR / 2)}"]
     at = min(bisect.bisect_left(options, target, key=size), len(options) - 1)
     near = options[max(0, at - 1) : at + 1]
-    return [
-        *overrides,
-        f"model={rung}",
-        min(near, key=lambda option: abs(size(option) - target)),
-        *extra,
-    ]
+    best = min(near, key=lambda option: abs(size(option) - target))
+    return [*overrides, f"model={rung}", best, *extra]
 
 
 def measure(overrides: list[str], seconds: float) -> float:
-    """Images a second of the training step."""
-    subject = prepare(overrides)
-    for _ in range(3):
-        subject.take_step()
-    rate = subject.batch_size / step_seconds(subject, seconds)
-    subject.feed.close()
-    return rate
+    """Return the images per second of training steps."""
+    with open_variant(overrides) as subject:
+        subject.first_steps(warmup=2)
+        return subject.batch_size / subject.seconds_per_step(seconds)
 
 
 def describe(overrides: list[str]) -> dict[str, Any]:
-    run = prepare([*overrides, "compile=false"]).run
-    G = run.state.G
-    c = torch.zeros(1, run.dataset.label_dim, device=run.recipe.device)
-    z = torch.zeros(1, G.z_dim, device=run.recipe.device)  # type: ignore[call-overload]
+    """Return parameters and multiply-adds of the generator."""
+    run = build_run(overrides)
+    G, device = run.state.G, run.device
+    c = torch.zeros(1, run.dataset.label_dim, device=device)
+    z = torch.zeros(1, G.z_dim, device=device)
     return {
         "parameters": count_parameters(G),
         "multiply_adds": count_multiply_adds(G, z, c),
@@ -95,106 +89,85 @@ def describe(overrides: list[str]) -> dict[str, Any]:
 
 
 def train(overrides: list[str], run_dir: Path) -> None:
-    if not (run_dir / "done").exists():
-        code = "from vgan.cli import train_main; train_main()"
-        log = run_dir.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as f:
-            subprocess.run(
-                [sys.executable, "-c", code, *overrides, f"run_dir={run_dir}"],
-                check=True,
-                stdout=f,
-                stderr=f,
-            )
-        (run_dir / "done").touch()
+    """Train in another process, unless the run is complete."""
+    if (run_dir / "done").exists():
+        return
+    code = "from vgan.cli import train_main; train_main()"
+    command = [sys.executable, "-c", code, *overrides, f"run_dir={run_dir}"]
+    log = run_dir.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as f:
+        subprocess.run(command, check=True, stdout=f, stderr=f)
+    (run_dir / "done").touch()
 
 
 def judge(run_dir: Path, overrides: list[str], n: int) -> dict[str, float]:
-    """What vgan-eval measures, and for the embedded shapes what the oracle sees."""
+    """Measure what vgan-eval does and, for the embedded shapes, the oracle's scores."""
     path = run_dir / "judged.json"
     if path.exists():
         return json.loads(path.read_text())
-    run = prepare([*overrides, "compile=false"]).run
-    device = pick_device(run.config["device"])
-    config = {
-        **{k: run.config[k] for k in ("features", "seed", "holdout")},
-        "repeats": run.config["eval"]["repeats"],
-        "n": n,
-        "batch_size": 128,
-        "metrics": ["fid", "kid", "pr", "diversity"],
-    }
-    G, precision = load_generator(run_dir), drawing_precision("auto", device)
-    values = make_evaluator(run.dataset, device, **config)(G, precision, default_cache_dir()).values
+    run = build_run(overrides)
+    cfg = run.cfg
+    G, precision = load_generator(run_dir), drawing_precision("auto", run.device)
+    evaluator = make_evaluator(
+        run.dataset,
+        run.device,
+        features=cfg.features,
+        metrics=["fid", "kid", "pr", "diversity"],
+        n=n,
+        repeats=cfg.eval.repeats,
+        seed=cfg.seed,
+        batch_size=128,
+        holdout=cfg.holdout,
+    )
+    values = evaluator(G, precision, default_cache_dir()).values
     if run.dataset.name == "shapes":
-        images = (
-            torch.cat([draw(G, index, seed=0) for index in torch.arange(2000).split(100)])
-            .permute(0, 2, 3, 1)
-            .cpu()
-            .numpy()
-        )
-        asked = torch.arange(2000).numpy() % len(SHAPE_NAMES)
-        values |= {
-            f"oracle_{k}": v
-            for k, v in score_samples(Oracle(images.shape[1])(images), asked).items()
-        }
+        batches = [draw(G, index, seed=0) for index in torch.arange(2000).split(100)]
+        images = torch.cat(batches).permute(0, 2, 3, 1).cpu().numpy()
+        labels = torch.arange(2000).numpy() % len(SHAPE_NAMES)
+        scores = score_samples(Oracle(images.shape[1])(images), labels)
+        values |= {f"oracle_{name}": value for name, value in scores.items()}
     ticks = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    values["peak_gb"] = max(t.get("memory/peak_gb", 0) for t in ticks)
+    values["peak_gb"] = max(tick.get("memory/peak_gb", 0) for tick in ticks)
     path.write_text(json.dumps(values))
     return values
 
 
 def spread(values: list[float], digits: int) -> str:
+    """Return mean and standard deviation."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def write_table(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Write and print the results as a Markdown table."""
     oracle = any("oracle_precision" in s for row in rows.values() for s in row["scores"])
-    head = [
-        "model",
-        "parameters of G",
-        "multiply-adds",
-        "img/s",
-        "images",
-        "distance",
-        "KID x 1000",
-        "precision",
-        "recall",
-        "diversity",
-    ]
+    head = ["model", "parameters of G", "multiply-adds", "img/s", "images"]
+    head += ["distance", "KID x 1000", "precision", "recall", "diversity"]
     head += ["oracle, %", "pairs of 64"] if oracle else []
     lines = [title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in rows.items():
         scores = row["scores"]
-        cells = [
-            name,
-            f"{row['parameters']:,}",
-            f"{row['multiply_adds'] / 1e6:.1f} M",
-            f"{row['img_per_s']:,.0f}",
-            f"{row['nimg']:,}",
-        ]
-        cells += [
-            spread([s["fid"] for s in scores], 2),
-            spread([1000 * s["kid"] for s in scores], 2),
-        ]
+        cells = [name, f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M"]
+        cells += [f"{row['img_per_s']:,.0f}", f"{row['nimg']:,}"]
+        cells.append(spread([s["fid"] for s in scores], 2))
+        cells.append(spread([1000 * s["kid"] for s in scores], 2))
         cells += [spread([s[k] for s in scores], 2) for k in ("precision", "recall", "diversity")]
         if oracle:
-            cells += [
-                spread([100 * s["oracle_precision"] for s in scores], 1),
-                spread([s["oracle_coverage"] for s in scores], 1),
-            ]
+            cells.append(spread([100 * s["oracle_precision"] for s in scores], 1))
+            cells.append(spread([s["oracle_coverage"] for s in scores], 1))
         lines.append("| " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Plot the distance of every run, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        print(
-            f"no {path.name}: needs matplotlib (uv run --with matplotlib python scripts/ablate.py ...)"
-        )
+        fix = "uv run --with matplotlib python scripts/ablate.py ..."
+        print(f"no {path.name}: needs matplotlib ({fix})")
         return
     figure = Figure(figsize=(6, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -216,7 +189,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     parser.add_argument("--minutes", type=float, default=3, help="of training for each run")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="runs of each rung, with seeds 0, 1, ..."
+        "--seeds", type=int, default=3, help="runs of each generator, with seeds 0, 1, ..."
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--n", type=int, default=10_000, help="fakes for the distance")

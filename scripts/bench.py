@@ -1,17 +1,19 @@
-"""How fast training is, where its time goes, and how far from what the hardware allows.
+"""Measure training speed, where its time goes, and how close it is to what the hardware allows.
 
-    uv run python scripts/bench.py                                        # the embedded default, on whatever machine this is
-    uv run python scripts/bench.py size=m batch_size=256 loss.penalty_every=1 data.size=4096 --json bench.json
+    uv run python scripts/bench.py                       # the embedded default, on any machine
+    uv run python scripts/bench.py size=m batch_size=256 loss.penalty_every=1 --json bench.json
     uv run python scripts/bench.py size=m data.resolution=64 --toggles none
 
-Takes vgan-train's overrides. Prints tables in Markdown; --json writes the same figures. Everything is measured in one process
-of one run, so ratios between rows hold even on a noisy machine; --rounds takes each row several times in turn and gives
-the median. compile=auto measures what vgan-train would do on this machine.
+Takes vgan-train's overrides. Prints Markdown tables; --json writes the same figures. One process
+measures everything, so that ratios between rows hold on a noisy machine; --rounds measures every
+row several times, one row after another, and reports medians. compile=auto measures what
+vgan-train would do on this machine.
 
-The roofline: every convolution and matrix product of a step, forward and backward, takes at least its FLOPs over
-the rate of a large matrix product, and at least its inputs and outputs over the rate of a large copy, both measured here
-first; the larger of the two counts, and Adam and the running average count their memory traffic. All else is taken as fused
-into these, so 100 % cannot be reached.
+The roofline (Williams et al. 2009): every convolution and matrix product of a step, forward and
+backward, takes at least its FLOPs divided by the rate of a large matrix product, and at least its
+bytes divided by the rate of a large copy; the larger of the two counts. Both rates are measured
+first. Adam and the moving average count their bytes. All else is taken as fused into these, so
+100 % cannot be reached.
 """
 
 import argparse
@@ -28,35 +30,30 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import vgan.cli  # noqa: F401  registers the schema
-from vgan.apps.benchmark import (
-    BenchmarkRun,
-    device_name,
-    first_steps,
-    make_benchmark_run,
-    peak_gb,
-    release,
-    step_seconds,
-    time_of,
-)
-from vgan.config import CONFIG_DIR, validate
+from vgan.apps.benchmark import BenchmarkRun, median_seconds, open_benchmark_run
+from vgan.cli import register_schemas
+from vgan.config import CONFIG_DIR, TrainConfig, typed
 from vgan.inference.latents import draw, to_host
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.runtime.device import pick_device, pick_precision, prepare_process
 from vgan.runtime.errors import UserError
-from vgan.training.ema import update_ema
-from vgan.training.step import Batch, d_step, g_step, train_step
+from vgan.runtime.hardware import describe, peak_gb, reset_peak
+from vgan.training.setup import Run, setup
+from vgan.training.state import update_ema
+from vgan.training.step import d_objective, d_step, g_objective, g_step, train_step
+from vgan.training.summary import count_parameters
+from vgan.validation import validate
 
 DENSE, GROUPED = (
     f"model.generator.conv={kind} model.discriminator.conv={kind}" for kind in ("dense", "grouped")
 )
-# name -> overrides. Two words are no overrides: "nchw" is another memory format, and "plain" what the same model does in
-# float32 and NCHW without any of vgan's settings of the process (in a process of its own). On a CPU, compiling takes minutes.
+# name -> overrides. Two words are not overrides: "nchw" is another memory format, and "plain" the
+# same model in float32 and NCHW without vgan's settings of the process, in a process of its own.
+# On a CPU, compiling takes minutes.
 TOGGLES = {
     "cuda": {
         "eager": "compile=false",
@@ -88,39 +85,58 @@ TOGGLES = {
         "plain": "plain",
     },
 }
-THREADS = torch.get_num_threads()  # to go back to after a variant that sets its own
+THREADS = torch.get_num_threads()  # to restore after a variant that sets them
 TOGGLES["mps"] = {k: v for k, v in TOGGLES["cpu"].items() if k != "one thread"}
 
 
-def prepare(overrides: list[str]) -> BenchmarkRun:
-    """Build the run that the overrides describe, compiled where they say so. Raises UserError for wrong ones."""
-    plain = "plain" in overrides
-    nchw = plain or "nchw" in overrides
-    if plain:
-        overrides = [*overrides, "precision=fp32", "compile=false"]
+def train_config(overrides: list[str]) -> TrainConfig:
+    """Compose and check the config that vgan-train would use. Raises UserError for a wrong one."""
+    register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=[o for o in overrides if o not in ("nchw", "plain")])
+        cfg = typed(compose("train", overrides=overrides))
     validate(cfg)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    device = pick_device(config["device"])
-    precision = pick_precision(config["precision"], device)
-    if not plain:
-        torch.set_num_threads(THREADS)
-        prepare_process(device, precision, config["threads"])
-    subject = replace(make_benchmark_run(config, device, precision), nchw=nchw)
-    if nchw:
-        for network in (subject.run.state.G, subject.run.state.D, subject.run.state.G_ema):
-            network.to(memory_format=torch.contiguous_format)
-    return subject
+    return cfg
+
+
+def build_run(overrides: list[str]) -> Run:
+    """Build the run that the overrides describe, without compiling it."""
+    cfg = train_config(overrides)
+    device = pick_device(cfg.device)
+    return setup(cfg, device, pick_precision(cfg.precision, device))
 
 
 @contextmanager
-def memory_format_of(subject: BenchmarkRun) -> Iterator[None]:
-    """Let the networks lay out their maps as the subject says."""
+def open_variant(overrides: list[str]) -> Iterator[BenchmarkRun]:
+    """Open the run that the overrides describe, compiled where they say so.
+
+    Raises UserError where they are wrong.
+    """
+    is_plain = "plain" in overrides
+    is_nchw = is_plain or "nchw" in overrides
+    words = [word for word in overrides if word not in ("nchw", "plain")]
+    if is_plain:
+        words += ["precision=fp32", "compile=false"]
+    cfg = train_config(words)
+    device = pick_device(cfg.device)
+    precision = pick_precision(cfg.precision, device)
+    if not is_plain:
+        torch.set_num_threads(THREADS)
+        prepare_process(device, precision, cfg.threads)
+    with open_benchmark_run(cfg, device, precision) as subject, memory_format(is_nchw):
+        state = subject.run.state
+        if is_nchw:
+            for network in (state.G, state.D, state.G_ema):
+                network.to(memory_format=torch.contiguous_format)
+        yield subject
+
+
+@contextmanager
+def memory_format(is_nchw: bool) -> Iterator[None]:
+    """Let the networks store their features as NCHW, or as channels-last."""
     kinds: list[Any] = [LatentInput, Discriminator]
     before = LatentInput.memory_format
     for kind in kinds:
-        kind.memory_format = torch.contiguous_format if subject.nchw else before
+        kind.memory_format = torch.contiguous_format if is_nchw else before
     try:
         yield
     finally:
@@ -129,36 +145,40 @@ def memory_format_of(subject: BenchmarkRun) -> Iterator[None]:
 
 
 def phases(subject: BenchmarkRun, seconds: float) -> dict[str, float]:
-    """Seconds a step in each phase. What cannot run alone (the penalty, a network without its optimizer) is a difference."""
-    run = subject.run
-    state, recipe, now = run.state, run.recipe, run.moment_at(0)
-    batch = Batch(*subject.inputs())
-    share = seconds / 5
+    """Return the seconds of each phase of a step.
+
+    What cannot run alone (the penalty, a network without its optimizer) is a difference.
+    """
+    run, state, how = subject.run, subject.run.state, subject.run.objective
+    every = run.cfg.loss.penalty_every
+    hp, batch = run.hyperparameters(), subject.next_batch()
+    without, penalized = (replace(hp, penalty_weight=weight) for weight in (0, every))
 
     def optimize() -> None:
         state.opt_D.step()
         state.opt_G.step()
 
-    times = {
-        "feed": time_of(subject, subject.inputs, share),
-        "D": time_of(subject, lambda: d_step(state, recipe, now, batch, 0), share),
-        "D+P": time_of(subject, lambda: d_step(state, recipe, now, batch, 1), share),
-        "G": time_of(subject, lambda: g_step(state, recipe, now, batch), share),
-        "optimizers": time_of(subject, optimize, share),
-        "EMA": time_of(subject, lambda: update_ema(state.G_ema, state.G, 0.999), share / 5),
+    work = {
+        "data": subject.next_batch,
+        "D": lambda: d_step(state, how, batch, without),
+        "D with penalty": lambda: d_step(state, how, batch, penalized),
+        "G": lambda: g_step(state, how, batch, without),
+        "optimizers": optimize,
+        "EMA": lambda: update_ema(state.G_ema, state.G, 0.999),
     }
-    half = times["optimizers"] / 2
+    times = {name: median_seconds(call, run.device, seconds / 5) for name, call in work.items()}
+    optimizer = times["optimizers"] / 2
     return {
-        "feed": times["feed"],
-        "discriminator": times["D"] - half,
-        "penalty": max(times["D+P"] - times["D"], 0) / subject.penalty_every,
-        "generator": times["G"] - half,
+        "data": times["data"],
+        "discriminator": times["D"] - optimizer,
+        "penalty": max(times["D with penalty"] - times["D"], 0) / every,
+        "generator": times["G"] - optimizer,
         "optimizer and EMA": times["optimizers"] + times["EMA"],
     }
 
 
 class Counter(TorchDispatchMode):
-    """Sums the seconds that a roofline allows for every convolution and matrix product, and their FLOPs and bytes."""
+    """Sums of FLOPs, bytes and least seconds over all convolutions and matrix products."""
 
     def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
         super().__init__()
@@ -188,7 +208,7 @@ class Counter(TorchDispatchMode):
         elif "scaled_dot_product" in name:
             backward = "backward" in name
             q, k, v = (t for t in args[1:4]) if backward else args[:3]
-            products = 5 if backward else 2  # the backward forms the weights anew
+            products = 5 if backward else 2  # the backward pass computes the weights again
             result = list(out[:3]) if backward else [out[0]]
             self.add(
                 products * 2 * q.shape[:-1].numel() * k.shape[-2] * v.shape[-1], [q, k, v, *result]
@@ -197,61 +217,56 @@ class Counter(TorchDispatchMode):
 
 
 def roofline(subject: BenchmarkRun, flops_per_s: float, bytes_per_s: float) -> Counter:
-    """What a step with penalty must do, and the seconds that this takes at the measured ceilings."""
-    run = subject.run
-    kind = type(run.recipe)
-    recipe = replace(run.recipe, d_forward=kind.d_forward, g_forward=kind.g_forward)
-    batch, now = subject.inputs(), run.moment_at(0)
-    totals = []
-    for weight in dict.fromkeys((1, 0 if subject.penalty_every > 1 else 1)):
+    """Count the work of a mean step and the seconds that it takes at the measured rates."""
+    run, state, every = subject.run, subject.run.state, subject.run.cfg.loss.penalty_every
+    how = replace(run.objective, d=d_objective, g=g_objective)  # not compiled
+    hp = run.hyperparameters()
+    counters = []
+    for weight in [1, 0] if every > 1 else [1]:
+        batch = run.batch(subject.loader)
         with Counter(flops_per_s, bytes_per_s) as counter:
-            train_step(run.state, recipe, now, *batch, weight)
-        totals.append(counter)
+            train_step(state, how, batch, replace(hp, penalty_weight=weight))
+        counters.append(counter)
     for name in ("flops", "bytes", "seconds"):
-        with_penalty, without = (getattr(totals[i], name) for i in (0, -1))
-        setattr(counter, name, without + (with_penalty - without) / subject.penalty_every)
-    # Adam reads p, g, m, v and writes p, m, v; the average reads two and writes one; all float32
-    moved = 4 * sum(
-        p.numel() * (7 + 3 * (net is run.state.G))
-        for net in (run.state.G, run.state.D)
-        for p in net.parameters()
-    )
+        penalized, without = getattr(counters[0], name), getattr(counters[-1], name)
+        setattr(counter, name, without + (penalized - without) / every)
+    # Adam reads p, g, m and v and writes p, m and v; the average reads two and writes one; float32.
+    moved = 4 * (10 * count_parameters(state.G) + 7 * count_parameters(state.D))
     counter.bytes += moved
     counter.seconds += moved / bytes_per_s
     return counter
 
 
 def ceilings(subject: BenchmarkRun, precision: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in `precision` and bytes/s of a large copy, read and written bytes counted."""
-    device = subject.run.recipe.device
+    """Return FLOP/s of a large matrix product and bytes/s, read and written, of a large copy."""
+    device = subject.run.device
     side, length = (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = time_of(subject, lambda: a @ b, 1)
+    product = median_seconds(lambda: a @ b, device, 1)
     source = torch.randn(length // 4, device=device)
     target = torch.empty_like(source)
-    copy = time_of(subject, lambda: target.copy_(source), 1)
+    copy = median_seconds(lambda: target.copy_(source), device, 1)
     return 2 * side**3 / product, 2 * length / copy
 
 
 def sampling_rate(subject: BenchmarkRun, seconds: float) -> float:
-    """Pictures a second that the generator makes as uint8 on the host, without encoding, as vgan-sample does."""
-    device, index = subject.run.recipe.device, torch.arange(256)
-    precision = "fp32" if device.type == "cpu" else subject.run.recipe.precision
+    """Return the images per second that vgan-sample would draw, without encoding them."""
+    run, index = subject.run, torch.arange(256)
+    precision = "fp32" if run.device.type == "cpu" else run.precision
+    G = run.state.G_ema
 
     def batches() -> None:
-        for _ in to_host(
-            draw(subject.run.state.G_ema, index, 0, precision=precision) for _ in range(4)
-        ):
+        for _ in to_host(draw(G, index, 0, precision=precision) for _ in range(4)):
             pass
 
-    return 4 * len(index) / time_of(subject, batches, seconds)
+    return 4 * len(index) / median_seconds(batches, run.device, seconds)
 
 
 def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    return f"{device.type}, {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    """Return the names of device and torch."""
+    name = f"{describe(device)}, torch {torch.__version__}"
+    return f"{name}, CUDA {torch.version.cuda}" if device.type == "cuda" else name
 
 
 def table(rows: list[list[str]]) -> str:
@@ -259,78 +274,76 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def measure_base(overrides: list[str], seconds: float) -> tuple[dict[str, Any], BenchmarkRun]:
-    """The chosen configuration in full."""
-    subject = prepare(overrides)
-    run = subject.run
-    device, precision = run.recipe.device, run.recipe.precision
-    flops_per_s, bytes_per_s = ceilings(subject, precision)
-    release(device)
-    first = first_steps(subject)
-    step = step_seconds(subject, seconds)
-    peak = peak_gb(device)
-    counted = roofline(subject, flops_per_s, bytes_per_s)
-    waited = subject.feed.waited_s
-    steps = subject.step
-    figures = {
-        "machine": machine(device),
-        "overrides": overrides,
-        "precision": precision,
-        "compiled": run.recipe.d_forward is not type(run.recipe).d_forward,
-        "batch_size": subject.batch_size,
-        "parameters": {n: sum(p.numel() for p in getattr(run.state, n).parameters()) for n in "GD"},
-        "img_per_s": subject.batch_size / step,
-        "step_ms": step * 1e3,
-        "first_step_s": first,
-        "peak_gb": peak,
-        "phases_ms": {k: v * 1e3 for k, v in phases(subject, seconds).items()},
-        "waiting_for_data": waited / max(steps, 1) / step,
-        "roofline": {
-            "tflop_per_s": flops_per_s / 1e12,
-            "gb_per_s": bytes_per_s / 1e9,
-            "gflop_per_img": counted.flops / subject.batch_size / 1e9,
-            "mb_per_img": counted.bytes / subject.batch_size / 1e6,
-            "img_per_s": subject.batch_size / counted.seconds,
-            "share": counted.seconds / step,
-        },
-        "sampling_img_per_s": sampling_rate(subject, seconds / 2),
-    }
-    return figures, subject
+def measure_base(overrides: list[str], seconds: float) -> dict[str, Any]:
+    """Measure the chosen configuration in full."""
+    with open_variant(overrides) as subject:
+        run, batch_size = subject.run, subject.batch_size
+        flops_per_s, bytes_per_s = ceilings(subject, run.precision)
+        reset_peak(run.device)
+        first = subject.first_steps(warmup=3)
+        step = subject.seconds_per_step(seconds)
+        peak = peak_gb(run.device)
+        steps, waited_s = run.state.cur_nimg / batch_size, subject.loader.waited_s
+        counted = roofline(subject, flops_per_s, bytes_per_s)
+        return {
+            "machine": machine(run.device),
+            "overrides": overrides,
+            "precision": run.precision,
+            "compiled": run.objective.d is not d_objective,
+            "batch_size": batch_size,
+            "parameters": {n: count_parameters(getattr(run.state, n)) for n in "GD"},
+            "img_per_s": batch_size / step,
+            "step_ms": step * 1e3,
+            "first_step_s": first,
+            "peak_gb": peak,
+            "phases_ms": {k: v * 1e3 for k, v in phases(subject, seconds).items()},
+            "waiting_for_data": waited_s / steps / step,
+            "roofline": {
+                "tflop_per_s": flops_per_s / 1e12,
+                "gb_per_s": bytes_per_s / 1e9,
+                "gflop_per_img": counted.flops / batch_size / 1e9,
+                "mb_per_img": counted.bytes / batch_size / 1e6,
+                "img_per_s": batch_size / counted.seconds,
+                "share": counted.seconds / step,
+            },
+            "sampling_img_per_s": sampling_rate(subject, seconds / 2),
+        }
 
 
 def measure_toggles(
     overrides: list[str], kinds: dict[str, str], seconds: float, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """img/s, time to the first step and peak memory of each variant, the chosen configuration among them."""
-    rows: dict[str, dict[str, Any]] = {}
+    """Measure img/s, first steps and peak memory of the chosen configuration and each variant."""
+    variants = {"as chosen": "", **kinds}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"overrides": extra, "img_per_s": []} for name, extra in variants.items()
+    }
     for _ in range(rounds):
-        for name, extra in {"as chosen": "", **kinds}.items():
-            row = rows.setdefault(name, {"overrides": extra, "img_per_s": []})
-            if extra == "plain" and "plain" not in overrides:
-                row |= measure_apart([*overrides, extra], seconds, row["img_per_s"])
-                continue
+        for name, extra in variants.items():
+            row = rows[name]
             try:
-                subject = prepare([*overrides, *extra.split()])
+                if extra == "plain" and "plain" not in overrides:
+                    row |= measure_apart([*overrides, extra], seconds, row["img_per_s"])
+                else:
+                    measure_variant([*overrides, *extra.split()], seconds, row)
             except UserError as e:
                 row["error"] = str(e)
-                continue
-            device = subject.run.recipe.device
-            release(device)
-            try:
-                with memory_format_of(subject):
-                    row["first_step_s"] = first_steps(subject)
-                    row["img_per_s"].append(subject.batch_size / step_seconds(subject, seconds))
-                row["peak_gb"] = peak_gb(device)
             except torch.OutOfMemoryError:
                 row["error"] = "out of memory"
-            subject.feed.close()
-            del subject
-            release(device)
     return rows
 
 
+def measure_variant(overrides: list[str], seconds: float, row: dict[str, Any]) -> None:
+    """Add a measurement of one variant to its row."""
+    reset_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with open_variant(overrides) as subject:
+        row["first_step_s"] = subject.first_steps(warmup=3)
+        row["img_per_s"].append(subject.batch_size / subject.seconds_per_step(seconds))
+        row["peak_gb"] = peak_gb(subject.run.device)
+
+
 def measure_apart(overrides: list[str], seconds: float, rates: list[float]) -> dict[str, Any]:
-    """The row of one variant, measured in a process of its own; its img/s join `rates`."""
+    """Return the row of a variant measured in its own process; `rates` are its earlier img/s."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         options = ["--toggles", "alone", "--seconds", str(seconds), "--json", str(path)]
@@ -342,32 +355,28 @@ def measure_apart(overrides: list[str], seconds: float, rates: list[float]) -> d
 
 
 def print_base(figures: dict[str, Any]) -> None:
+    """Print the figures of the chosen configuration as a table."""
     roof, parameters = figures["roofline"], figures["parameters"]
     print(f"\n{figures['machine']}; {' '.join(figures['overrides']) or 'the embedded default'}\n")
-    mode = f"{figures['precision']}, {'compiled' if figures['compiled'] else 'eager'}, batch {figures['batch_size']}"
-    peak = "" if figures["peak_gb"] is None else f"{figures['peak_gb']:.2f}"
-    rows = [["what", "figure"]]
-    rows += [
-        [
-            "networks",
-            f"{parameters['G'] / 1e6:.2f} M + {parameters['D'] / 1e6:.2f} M parameters; {mode}",
-        ]
-    ]
-    rows += [
-        ["images a second", f"**{figures['img_per_s']:,.0f}** ({figures['step_ms']:.1f} ms a step)"]
-    ]
-    rows += [["first steps (s)", f"{figures['first_step_s']:.1f}"]]
-    rows += [["peak memory (GB)", peak]] if peak else []
-    rows += [[f"{name} (ms)", f"{ms:.2f}"] for name, ms in figures["phases_ms"].items()]
-    rows += [["waiting for data", f"{figures['waiting_for_data']:.2%} of the step"]]
-    rows += [["work an image", f"{roof['gflop_per_img']:.3g} GFLOP, {roof['mb_per_img']:.3g} MB"]]
-    rows += [["ceilings", f"{roof['tflop_per_s']:.3g} TFLOP/s, {roof['gb_per_s']:.3g} GB/s"]]
-    rows += [["roofline", f"{roof['img_per_s']:,.0f} img/s; reached {roof['share']:.0%}"]]
-    rows += [["sampling (256 a pass)", f"{figures['sampling_img_per_s']:,.0f} img/s"]]
-    print(table(rows), flush=True)
+    compiled = "compiled" if figures["compiled"] else "eager"
+    mode = f"{figures['precision']}, {compiled}, batch {figures['batch_size']}"
+    sizes = f"{parameters['G'] / 1e6:.2f} M + {parameters['D'] / 1e6:.2f} M parameters"
+    rate = f"**{figures['img_per_s']:,.0f}** ({figures['step_ms']:.1f} ms per step)"
+    rows = {"what": "figure", "networks": f"{sizes}; {mode}", "images per second": rate}
+    rows["first steps (s)"] = f"{figures['first_step_s']:.1f}"
+    if figures["peak_gb"] is not None:
+        rows["peak memory (GB)"] = f"{figures['peak_gb']:.2f}"
+    rows |= {f"{name} (ms)": f"{ms:.2f}" for name, ms in figures["phases_ms"].items()}
+    rows["waiting for data"] = f"{figures['waiting_for_data']:.2%} of the step"
+    rows["work per image"] = f"{roof['gflop_per_img']:.3g} GFLOP, {roof['mb_per_img']:.3g} MB"
+    rows["ceilings"] = f"{roof['tflop_per_s']:.3g} TFLOP/s, {roof['gb_per_s']:.3g} GB/s"
+    rows["roofline"] = f"{roof['img_per_s']:,.0f} img/s; reached {roof['share']:.0%}"
+    rows["sampling (batches of 256)"] = f"{figures['sampling_img_per_s']:,.0f} img/s"
+    print(table([list(row) for row in rows.items()]), flush=True)
 
 
 def print_toggles(rows: dict[str, dict[str, Any]]) -> None:
+    """Print the variants as a table; rates are medians over the rounds."""
     lines = [["variant", "img/s", "of the chosen", "first steps (s)", "peak GB"]]
     reference = statistics.median(rows["as chosen"]["img_per_s"])
     for name, row in rows.items():
@@ -388,30 +397,22 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     names = "; ".join(TOGGLES["cuda"])
-    parser.add_argument(
-        "--toggles",
-        default="all",
-        help=f"all, none, alone (img/s and no more) or, between semicolons, {names}",
-    )
+    toggles = f"all, none, alone (img/s only) or, separated by semicolons, {names}"
+    parser.add_argument("--toggles", default="all", help=toggles)
     parser.add_argument("--seconds", type=float, default=4, help="of measuring for each figure")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="how often each variant is measured, in turn"
-    )
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of each variant")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_intermixed_args()  # overrides may stand before and after options
+    figures: dict[str, Any] = {}
     try:
         if args.toggles == "alone":
-            figures = {"toggles": measure_toggles(args.overrides, {}, args.seconds, args.rounds)}
+            figures["toggles"] = measure_toggles(args.overrides, {}, args.seconds, args.rounds)
             return
-        figures, subject = measure_base(args.overrides, args.seconds)
+        figures |= measure_base(args.overrides, args.seconds)
         print_base(figures)
-        kinds = TOGGLES[subject.run.recipe.device.type]
-        subject.feed.close()
-        del subject
+        kinds = TOGGLES[pick_device(train_config(args.overrides).device).type]
         if args.toggles != "all":
-            chosen = (
-                [] if args.toggles == "none" else [name.strip() for name in args.toggles.split(";")]
-            )
+            chosen = [name.strip() for name in args.toggles.split(";")]
             kinds = {name: kinds[name] for name in chosen if name in kinds}
         if kinds:
             figures["toggles"] = measure_toggles(args.overrides, kinds, args.seconds, args.rounds)
@@ -419,7 +420,7 @@ def main() -> None:
     except UserError as e:
         sys.exit(f"bench: {e}")
     finally:
-        if args.json and "figures" in locals():
+        if args.json and figures:
             args.json.write_text(json.dumps(figures, indent=1))
 
 

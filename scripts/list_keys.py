@@ -1,67 +1,63 @@
-"""Write the tables of keys into docs/configuration.md, from the schemas and the YAML files that the commands read.
+"""Write the tables of keys and of renamed keys into docs/configuration.md.
 
     uv run python scripts/list_keys.py
 
-tests/test_docs.py fails while the page says something else.
+The keys come from the schemas and YAML files that the commands read. tests/test_docs.py fails while
+the page says something else.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vgan import cli, config  # noqa: F401  (cli registers the schemas)
+from vgan import cli, config
+from vgan.runtime import renamed
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "configuration.md"
-BEGIN, END = "<!-- keys: written by scripts/list_keys.py -->", "<!-- end of keys -->"
-
-
-def commands() -> dict[str, tuple[str, type]]:
-    """Every console script with the name of its YAML file and the schema of its keys."""
-    found = {}
-    for script in re.findall(
-        r'^(vgan-\w+) = "vgan\.cli:', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
-    ):
-        name = {"vgan-doctor": "train"}.get(script, script.removeprefix("vgan-"))
-        found[script] = name, getattr(config, f"{name.capitalize()}Config")
-    return found
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 
-def tables() -> str:
-    """A table for every schema: key, value without overrides, explanation."""
-    parts = []
-    named = commands()
+def key_tables() -> str:
+    """Return a table for every schema: key, value without overrides, explanation."""
+    cli.register_schemas()
+    lines: list[str] = []
+    programs: dict[str, list[str]] = {}
+    for command in cli.COMMANDS.values():
+        programs.setdefault(command.config_name, []).append(command.program)
     with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
-        for script, (name, schema) in named.items():
-            twins = [other for other, (its, _) in named.items() if its == name]
-            if script != twins[0]:
-                continue
+        for name, twins in programs.items():
             values = OmegaConf.to_container(compose(name))
-            parts += [
+            lines += [
                 f"### {' and '.join(twins)}",
                 "",
                 "| key | value | what it is |",
                 "|---|---|---|",
             ]
-            parts += [
-                f"| `{key}` | {_shown(values, key)} | {_cell(text)} |"
-                for key, text in config.explained_keys(schema)
-            ]
-            parts.append("")
-    return "\n".join(parts)
+            for key, text in config.explained_keys(cli.COMMANDS[twins[0]].schema):
+                lines.append(f"| `{key}` | {_shown(values, key)} | {_cell(text)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def renamed_table() -> str:
+    """Return a table of the keys, values and classes of earlier versions with today's names."""
+    rows = list(renamed.KEYS.items())
+    for key, values in renamed.VALUES.items():
+        rows += [(f"{key}={old}", f"{key}={new}") for old, new in values.items()]
+    rows += [(f"_target_={old}", f"_target_={new}") for old, new in renamed.TARGETS.items()]
+    lines = ["| earlier | now |", "|---|---|"]
+    lines += [f"| `{old}` | `{new}` |" for old, new in rows]
+    return "\n".join([*lines, ""])
 
 
 def _shown(values: Any, key: str) -> str:
     for part in key.split("."):
         values = values[part]
     if isinstance(values, dict):
-        return (
-            f"{values['start']:g} to {values['end']:g}" if values.keys() == {"start", "end"} else ""
-        )
+        is_ramp = values.keys() == {"start", "end"}
+        return f"{values['start']:g} to {values['end']:g}" if is_ramp else ""
     if values == "???":
         return "must be given"
     if values is None or isinstance(values, bool):
@@ -75,10 +71,13 @@ def _cell(text: str) -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables as they should be."""
-    return re.sub(
-        f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{tables()}\n{END}", page, flags=re.DOTALL
-    )
+    """Return the text of the page with today's tables."""
+    for name, table in (("keys", key_tables()), ("renamed", renamed_table())):
+        begin, end = f"<!-- {name}: written by scripts/list_keys.py -->", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        after = rest.partition(end)[2]
+        page = f"{before}{begin}\n\n{table}\n{end}{after}"
+    return page
 
 
 if __name__ == "__main__":

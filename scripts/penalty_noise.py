@@ -1,58 +1,51 @@
-"""How much noise the estimated penalties add to the discriminator's gradient, against that of choosing a batch.
+"""Compare the gradient noise of estimated penalties with that of choosing a batch.
 
     uv run python scripts/penalty_noise.py outputs/shapes-attn-xs
 
-Loads a run's newest checkpoint and compares, at gamma as it then was, the gradients of the discriminator's loss:
-the variance between batches with exact penalties (what any method has), and the variance between draws of v for one batch
-(what the estimate adds), for several kinds of v and for the finite difference. float32.
+Loads a run's newest checkpoint. At its gamma, and in float32, it compares gradients of the
+discriminator's loss: their variance between batches with exact penalties, which every method has,
+and their variance between draws of v for one batch, which the estimate adds, for several kinds of
+v and for the finite difference.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import vgan.cli  # noqa: F401  registers the schema
-from vgan.config import CONFIG_DIR
+from vgan.cli import compose
+from vgan.config import TrainConfig
 from vgan.data.loader import Loader
 from vgan.runs import checkpoint
 from vgan.runtime.device import pick_device, prepare_process
 from vgan.runtime.errors import UserError
 from vgan.runtime.rng import Streams
 from vgan.training.losses import double_backward, finite_difference, jvp
-from vgan.training.setup import Run, set_up
+from vgan.training.setup import Run, setup
 
 BATCHES, DRAWS = 12, 12
 
 
-def open_run(run_dir: Path) -> tuple[Run, Loader, int]:
-    """The run in `run_dir` at its newest checkpoint, in float32."""
-    parts = checkpoint.load(checkpoint.find(run_dir))
+def open_run(run_dir: Path) -> tuple[Run, Loader]:
+    """Open the run in `run_dir` at its newest checkpoint, in float32."""
+    _, state = checkpoint.load_newest(run_dir)
     device = pick_device("auto")
     prepare_process(device, "fp32", 0)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        schema = compose("train", overrides=["run_dir=unused"])
-    config: dict[str, Any] = OmegaConf.to_container(
-        OmegaConf.merge(schema, parts["config"]), resolve=True
-    )  # type: ignore[assignment]
-    run = set_up(config, device, "fp32")
-    run.state.load_parts(parts)
-    return (
-        run,
-        Loader(run.dataset, config["batch_size"], config["seed"], device),
-        int(parts["cur_nimg"]),
-    )
+    defaults = OmegaConf.structured(compose("vgan-train", ["run_dir=unused"]))
+    cfg = OmegaConf.to_object(OmegaConf.merge(defaults, state["config"]))
+    assert isinstance(cfg, TrainConfig)
+    run = setup(cfg, device, "fp32")
+    run.state.load_state_dict(state)
+    return run, Loader(run.dataset, cfg.batch_size, cfg.seed, device)
 
 
 def noise(gradients: list[Tensor]) -> float:
-    """Mean squared distance of the gradients from their mean, unbiased."""
+    """Return the mean squared distance of gradients from their mean, unbiased."""
     stack = torch.stack(gradients)
     return float((stack - stack.mean(0)).square().sum() / (len(gradients) - 1))
 
@@ -64,12 +57,11 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     args = parser.parse_args()
     try:
-        run, feed, cur_nimg = open_run(args.run_dir)
+        run, loader = open_run(args.run_dir)
     except UserError as e:
         sys.exit(f"penalty_noise: {e}")
-    G, D, n = run.state.G, run.state.D, run.config["batch_size"]
-    gamma = run.moment_at(cur_nimg).gamma
-    recipe = replace(run.recipe, precision="fp32")
+    G, D, n, cur_nimg = run.state.G, run.state.D, run.cfg.batch_size, run.state.cur_nimg
+    gamma = run.schedules["gamma"](cur_nimg)
     weights = [p for p in D.parameters() if p.requires_grad]
 
     def gradient(
@@ -78,16 +70,17 @@ def main() -> None:
         v: Tensor | None,
         weight: float = 1,
     ) -> Tensor:
-        real, c = feed.batch(cur_nimg + batch * n)
-        streams = Streams(1, cur_nimg + batch * n, n, recipe.device)
+        real, c = loader.batch(cur_nimg + batch * n)
+        rng = Streams(1, cur_nimg + batch * n, n, run.device)
         with torch.no_grad():
-            fake = G(streams.normal("z_d", G.z_dim), c)  # type: ignore[arg-type]
+            fake = G(rng.normal("z_d", G.z_dim), c)
         images, cc = torch.cat([real, fake]), torch.cat([c, c])
         if penalty is None:
-            logits, slopes = D(images, cc), torch.zeros(2 * n)
+            logits, grad_norm_sq = D(images, cc), torch.zeros(2 * n)
         else:
-            logits, slopes = penalty(D, images, cc, images if v is None else v)
-        loss = recipe.d_loss(*logits.chunk(2)) + weight * gamma / 2 * 2 * slopes.mean()
+            logits, grad_norm_sq = penalty(D, images, cc, images if v is None else v)
+        penalty_loss = weight * gamma / 2 * 2 * grad_norm_sq.mean()
+        loss = run.objective.d_loss(*logits.chunk(2)) + penalty_loss
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
 
     def averaged(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -97,7 +90,7 @@ def main() -> None:
 
         return penalty
 
-    shape = (2 * n, *feed.batch(cur_nimg)[0].shape[1:])
+    shape = (2 * n, *loader.batch(cur_nimg)[0].shape[1:])
     draw = torch.Generator().manual_seed(0)
 
     def signs(*size: int) -> Tensor:
@@ -106,7 +99,7 @@ def main() -> None:
     kinds: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[], Tensor]]] = {
         "+1 and -1": (jvp, lambda: signs(*shape)),
         "normal": (jvp, lambda: torch.randn(shape, generator=draw)),
-        "+1 and -1, two a picture": (averaged(2), lambda: signs(2 * shape[0], *shape[1:])),
+        "+1 and -1, two per image": (averaged(2), lambda: signs(2 * shape[0], *shape[1:])),
         "one v for the whole batch": (jvp, lambda: signs(1, *shape[1:]).expand(shape)),
         "real and fake share v": (jvp, lambda: signs(n, *shape[1:]).repeat(2, 1, 1, 1)),
         "antithetic, v and -v": (averaged(2), lambda: torch.cat([v := signs(*shape), -v])),
@@ -115,11 +108,11 @@ def main() -> None:
     exact_gradients = [gradient(batch, double_backward, None) for batch in range(BATCHES)]
     between_batches = noise(exact_gradients)
     without = noise([gradient(batch, None, None) for batch in range(BATCHES)])
-    print(f"{args.run_dir} at {cur_nimg:,} images, gamma {gamma:g}; squared norm of the mean gradient "
-          f"{float(torch.stack(exact_gradients).mean(0).square().sum()):.3g}\n")  # fmt: skip
-    print(
-        "| penalty | variance between batches or draws | of that between batches |\n|---|---|---|"
-    )
+    norm = float(torch.stack(exact_gradients).mean(0).square().sum())
+    print(f"{args.run_dir} at {cur_nimg:,} images, gamma {gamma:g}")
+    print(f"squared norm of the mean gradient {norm:.3g}\n")
+    print("| penalty | variance between batches or draws | of that between batches |")
+    print("|---|---|---|")
     print(f"| exact, between batches | {between_batches:.3g} | 1 |")
     print(f"| no penalty, between batches | {without:.3g} | {without / between_batches:.2f} |")
     for name, (penalty, directions) in kinds.items():
@@ -128,10 +121,9 @@ def main() -> None:
             f"| {name}, between draws | {added:.3g} | {added / between_batches:.2f} |", flush=True
         )
     every_second = noise([gradient(0, jvp, signs(*shape), weight=2) for _ in range(DRAWS)])
-    print(
-        f"| +1 and -1, counted twice (every 2nd step) | {every_second:.3g} | {every_second / between_batches:.2f} |"
-    )
-    feed.close()
+    ratio = every_second / between_batches
+    print(f"| +1 and -1, counted twice (every 2nd step) | {every_second:.3g} | {ratio:.2f} |")
+    loader.close()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Memory, communication and time of a step on 1 to 1,024 devices, from constants measured on this machine.
+"""Predict memory, communication and time of a step on 1 to 1,024 devices from measurements here.
 
-    uv run python scripts/scaling.py --processes 2 threads=1                          # two cores as two devices
-    uv run python scripts/scaling.py --processes 8 data=cifar10 size=l --seconds 20   # one machine of 8 GPUs
+    uv run python scripts/scaling.py --processes 2 threads=1     # two cores as two devices
+    uv run python scripts/scaling.py --processes 8 data=cifar10 size=l --seconds 20    # 8 GPUs
 
-Takes vgan-train's overrides. Measures the step on one process at the batch and at its parts, the time of all-reduces of several
-sizes between --processes, and the step on all of them; fits latency and bandwidth; and prints what follows for other numbers
-beside what was measured. Beyond one machine the bandwidth is another: give it with --gbps.
+Takes vgan-train's overrides. Measures the step of one process at the batch and at its shares, the
+time of all-reduces of several sizes between --processes, and the step of all of them; fits latency
+and bandwidth; and prints predictions for other numbers beside the measurements. Between machines
+the bandwidth is another: give it with --gbps.
 
-    step(n) = compute(batch / n) + what of the exchange is not hidden by the backward passes
-    exchange(n) = 2 log2(n) latency + 2 (n - 1) / n * bytes / bandwidth        bytes = 4 (parameters of G + D)
+    step(n) = compute(batch / n) + the part of the exchange that backward passes do not hide
+    exchange(n) = 2 log2(n) latency + 2 (n - 1) / n * bytes / bandwidth
+    bytes = 4 (parameters of G + D)
 
-Half of the compute is backward passes with gradients to exchange, all but the last bucket of 25 MB of which can be hidden.
+Half of the compute is backward passes with gradients to exchange; they hide all but the last
+bucket of 25 MB.
 """
 
 import argparse
@@ -26,10 +29,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from bench import first_steps, prepare, step_seconds
+from bench import open_variant
 
-from vgan.models.cost import count_parameters
-from vgan.runtime.distributed import group, rank, world_size
+from vgan.runtime.distributed import process_group, rank, world_size
+from vgan.training.summary import count_parameters
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000)  # bytes
 BUCKET = 25_000_000  # bytes; DistributedDataParallel's own
@@ -37,6 +40,7 @@ COUNTS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
 def all_reduce_seconds(size: int, device: torch.device) -> float:
+    """Return the median seconds of an all-reduce of `size` bytes."""
     x, times = torch.zeros(size // 4, device=device), []
     for _ in range(30):
         dist.barrier()
@@ -49,56 +53,34 @@ def all_reduce_seconds(size: int, device: torch.device) -> float:
 
 
 def measure(overrides: list[str], seconds: float) -> dict[str, float]:
-    """What this process, alone or with others, sees."""
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    with group(device):
-        subject = prepare(overrides)
-        first_steps(subject)
-        figures = {"step": step_seconds(subject, seconds)}
+    """Measure step and all-reduces in this process, alone or with others."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    with process_group(device), open_variant(overrides) as subject:
+        subject.first_steps(warmup=3)
+        figures = {"step": subject.seconds_per_step(seconds)}
         if world_size() > 1:
-            figures |= {
-                f"all_reduce {size}": all_reduce_seconds(size, subject.run.recipe.device)
-                for size in SIZES
-            }
+            for size in SIZES:
+                figures[f"all_reduce {size}"] = all_reduce_seconds(size, subject.run.device)
         state = subject.run.state
-        figures |= {
-            "G": count_parameters(state.G),
-            "D": count_parameters(state.D),
-            "batch": subject.batch_size,
-        }
-        subject.feed.close()
+        figures |= {"G": count_parameters(state.G), "D": count_parameters(state.D)}
+        figures["batch"] = subject.batch_size
     return figures
 
 
 def run(processes: int, overrides: list[str], seconds: float) -> dict[str, float]:
+    """Run `measure` on several processes and return what rank 0 measured."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-        ]
-        command = [
-            sys.executable,
-            *launcher,
-            __file__,
-            *overrides,
-            "--seconds",
-            str(seconds),
-            "--measure",
-            out.name,
-        ]
+        options = ["--seconds", str(seconds), "--measure", out.name]
+        command = [sys.executable, *launcher, __file__, *overrides, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         return json.loads(Path(out.name).read_text())
 
 
 def fit(figures: dict[str, float], n: int) -> tuple[float, float]:
-    """Latency (s) of a hop and bandwidth (bytes/s), by least squares on relative errors."""
+    """Fit latency (s) of a hop and bandwidth (bytes/s) by least squares on relative errors."""
     rows = torch.tensor(
         [[2 * math.log2(n), 2 * (n - 1) / n * size] for size in SIZES], dtype=torch.float64
     )
@@ -112,12 +94,14 @@ def fit(figures: dict[str, float], n: int) -> tuple[float, float]:
 def table(
     alone: dict[int, float], together: dict[str, float], n: int, bytes_per_s: float, latency: float
 ) -> str:
-    """Predictions; compute of parts of the batch that were not measured goes on in proportion from the smallest that was."""
+    """Return predictions as a table.
+
+    Compute of shares that were not measured is extrapolated from the smallest that was.
+    """
     G, D, batch = together["G"], together["D"], int(together["batch"])
-    lines = [
-        "| devices | images each | compute (ms) | exchange (ms) | exposed (ms) | step (ms) | img/s | efficiency | measured (ms) |"
-    ]
-    lines.append("|---" * 9 + "|")
+    head = "| devices | images each | compute (ms) | exchange (ms) | exposed (ms) "
+    head += "| step (ms) | img/s | efficiency | measured (ms) |"
+    lines = [head, "|---" * 9 + "|"]
     for count in COUNTS:
         if batch % count:
             break
@@ -145,35 +129,31 @@ def table(
 def exposed_seconds(
     count: int, size: float, compute: float, bytes_per_s: float, latency: float
 ) -> tuple[float, float]:
-    """The whole exchange of `size` bytes between `count` devices, and what of it the backward passes do not hide."""
-    exchange = (
-        0.0
-        if count == 1
-        else 2 * math.log2(count) * latency + 2 * (count - 1) / count * size / bytes_per_s
-    )
+    """Return the seconds of the exchange of `size` bytes, and those that are not hidden."""
+    exchange = 0.0
+    if count > 1:
+        exchange = 2 * math.log2(count) * latency + 2 * (count - 1) / count * size / bytes_per_s
     return exchange, max(exchange * min(1.0, BUCKET / size), exchange - compute / 2)
 
 
 def growing(
     each: float, rows: int, together: dict[str, float], bytes_per_s: float, latency: float
 ) -> str:
-    """Predictions where every device keeps `rows` images a step, which take it `each` seconds."""
+    """Return predictions where every device takes `rows` images per step, in `each` seconds."""
     lines = ["", "| devices | batch | step (ms) | img/s | efficiency |", "|---" * 5 + "|"]
+    size = 4 * (together["G"] + together["D"])
     for count in COUNTS:
-        step = (
-            each
-            + exposed_seconds(
-                count, 4 * (together["G"] + together["D"]), each, bytes_per_s, latency
-            )[1]
-        )
-        lines.append(
-            f"| {count} | {count * rows:,} | {1000 * step:.2f} | {count * rows / step:,.0f} | {each / step:.0%} |"
-        )
+        step = each + exposed_seconds(count, size, each, bytes_per_s, latency)[1]
+        cells = f"{count} | {count * rows:,} | {1000 * step:.2f} | {count * rows / step:,.0f}"
+        lines.append(f"| {cells} | {each / step:.0%} |")
     return "\n".join(lines)
 
 
 def memory(G: float, D: float) -> str:
-    """Bytes that do not depend on the batch: weights and gradients in float32, Adam's two moments, the average."""
+    """Return a table of memory that does not depend on the batch.
+
+    It holds weights, gradients, Adam's two moments and the moving average, all float32.
+    """
     lines = ["", "| devices | parallel=ddp, GB each | parallel=fsdp, GB each |", "|---|---|---|"]
     for count in COUNTS:
         whole = 16 * (G + D) + 4 * G
@@ -193,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--gbps",
         type=float,
-        help="gigabytes a second between machines, instead of the measured figure",
+        help="gigabytes per second between machines, instead of the measured bandwidth",
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -215,9 +195,8 @@ def main() -> None:
     link = f"latency {1e6 * latency:.0f} us, {bytes_per_s / 1e9:.2f} GB/s"
     print(f"{n} processes: {link}; batch {batch} in all; torch {torch.__version__}\n")
     print(table(alone, together, n, bytes_per_s, latency))
-    print(
-        f"\n{n} processes take {alone[batch] / together['step']:.2f} times as many images a second as one."
-    )
+    speedup = alone[batch] / together["step"]
+    print(f"\n{n} processes train {speedup:.2f} times as many images per second as one.")
     print(growing(alone[batch // n], batch // n, together, bytes_per_s, latency))
     print(memory(together["G"], together["D"]))
 

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from vgan import cli
+
+cli.register_schemas()
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +29,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def pictures_npy(tmp_path: Path) -> Path:
-    """40 pictures of 16 px in 4 classes, as data.path of data=folder."""
+    """40 images of 16 px in 4 classes, as data.path of data=folder."""
     rng = np.random.default_rng(0)
     path = tmp_path / "tiny_images.npy"
     np.save(path, rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))

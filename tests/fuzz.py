@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs, made from a seed: what `test_fuzz.py` feeds, a few by default and thousands in a soak."""
+"""Damaged and hostile inputs, made from a seed for test_fuzz.py."""
 
 import io
 import random
@@ -16,7 +16,7 @@ from vgan.runs import checkpoint
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA", "YCbCr", "I;16"]
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
-# What a checkpoint may hold: plain values and tensors under names and numbers, nested; hypothesis shrinks what fails.
+# Contents of a checkpoint: plain values and tensors under names and numbers, nested.
 TENSORS = st.builds(
     lambda dtype, values, shape: (
         torch.tensor(values[:4] * 3, dtype=torch.float32).to(dtype).reshape(shape)

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import vgan.apps.examine
+import vgan.runtime.device
 import vgan.runtime.files
 import vgan.training.setup
 import vgan.training.train
+from vgan.data.shards import Retries
 from vgan.runs import checkpoint
 from vgan.training.monitor import HoldoutLogits, PeriodicEvaluation, SampleGrid
 
@@ -115,3 +119,37 @@ def replace_open(opener: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
 def replace_disk_usage(usage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what checkpoints ask for the free space."""
     monkeypatch.setattr("shutil.disk_usage", usage)
+
+
+def set_export_tolerance(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set how much the images of an export may differ from torch's."""
+    monkeypatch.setattr("vgan.inference.export.TOLERANCE", value)
+
+
+def replace_exported_forward(forward: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports from latents compute forward(self, z, c)."""
+    monkeypatch.setattr("vgan.inference.export.FromLatent.forward", forward)
+
+
+def accept_inception_weights(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Inception take the weights with these first 8 digits of their SHA-256."""
+    monkeypatch.setattr("vgan.evaluation.features.INCEPTION_SHA256", digest)
+
+
+def fake_compiler(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile return its function, or fail; vgan-doctor then compiles no run."""
+
+    def compile_function(f: Callable[..., Any], **options: object) -> Callable[..., Any]:
+        if works:
+            return f
+        raise RuntimeError("\ng++ is broken\nlong story")
+
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(vgan.apps.examine, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(vgan.apps.examine, "keep_compiled", lambda folder: None)
+    monkeypatch.setattr(vgan.runtime.device, "pick_compile", lambda name, device: False)
+
+
+def replace_pause(pause: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pause(closed, seconds) wait before shards are read again; it returns closed.is_set()."""
+    monkeypatch.setattr(Retries, "pause", staticmethod(pause))

@@ -17,7 +17,7 @@ from runs import SLOW, TINY, lines_of, train_in_process
 
 from vgan import load_generator
 from vgan.runs import checkpoint
-from vgan.runtime.distributed import meet
+from vgan.runtime.distributed import rendezvous
 from vgan.runtime.signals import RESTART
 
 pytestmark = pytest.mark.skipif(
@@ -202,7 +202,7 @@ def test_what_a_dead_group_left_in_the_store_fools_nobody() -> None:
 
     def come(rank: int) -> threading.Thread:
         thread = threading.Thread(
-            target=lambda: names.update({rank: meet(store, rank, 3)}), daemon=True
+            target=lambda: names.update({rank: rendezvous(store, rank, 3)}), daemon=True
         )
         thread.start()
         return thread
@@ -335,7 +335,7 @@ def test_a_signal_to_one_process_that_torchrun_may_restart_saves_and_starts_it_a
 ALIKE = """
 import os, sys, torch
 from vgan.cli import compose
-from vgan.runtime.distributed import group
+from vgan.runtime.distributed import process_group
 from vgan.runtime.errors import UserError
 from vgan.training.setup import setup
 common, rank = sys.argv[1:], os.environ["RANK"]
@@ -343,7 +343,7 @@ others = [
     [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"],
     ["parallel=fsdp"], ["batch_size=7"],
 ]
-with group(torch.device("cpu")):
+with process_group(torch.device("cpu")):
     for other in others:
         cfg = compose("vgan-train", common + (other if rank == "1" else []))
         try:

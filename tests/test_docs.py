@@ -1,13 +1,12 @@
-"""What the pages say: commands are accepted, the first ones really run, links lead somewhere, snippets work, tables are true."""
+"""The pages: commands are accepted, the first ones run, links lead somewhere, snippets work."""
 
+import functools
 import itertools
-import os
 import re
 import runpy
 import shlex
-import sys
+import shutil
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +14,71 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from test_architecture import FLOORS
-from test_cli import QUICK, TINY, Cli
+from test_cli import TINY, Cli
 
 from vgan import cli, config
+from vgan.runtime.renamed import upgrade_override
+from vgan.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "log")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in FOLDERS
+    for path in sorted(folder.glob("*.md"))
+    if path.name != "CHANGELOG.md"
+}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
-SCRIPTS = set(
-    re.findall(r"^(vgan-\w+) = ", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-)
-KEYS = runpy.run_path(str(ROOT / "scripts" / "list_keys.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+")
 FILES = re.compile(r"# ([\w/]+\.(?:py|yaml))\n")  # the first line of a block that is a file
 
 
 def prose(text: str) -> str:
+    """Return a page without its code blocks."""
     return INDENTED.sub("", FENCE.sub("", text))
 
 
 def lines_of(text: str) -> list[str]:
-    """Shell lines of code blocks, with those that end in a backslash joined."""
+    """Return the shell lines of a page's code blocks; a backslash joins lines."""
     blocks = [body for kind, body in FENCE.findall(text) if kind in ("", "sh", "bash")]
-    return re.sub(
-        r"\\\n\s*", " ", "\n".join([*blocks, *INDENTED.findall(FENCE.sub("", text))])
-    ).splitlines()
+    blocks += INDENTED.findall(FENCE.sub("", text))
+    return re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
 
 
 def mentioned(text: str) -> list[str]:
-    """Commands within sentences, which may leave out what must be given."""
+    """Return commands within sentences, which may leave out mandatory keys."""
     return re.findall(r"`((?:uv run )?vgan-\w+ [^`]+)`", re.sub(r"\s+", " ", prose(text)))
 
 
+def without_prefix(words: list[str]) -> list[str]:
+    """Return a command without variables and uv run before it."""
+    while words:
+        if re.fullmatch(r"[A-Z]+=.*", words[0]):
+            words = words[1:]
+        elif words[:2] == ["uv", "run"] or words[0] == "--with":
+            words = words[2:]
+        else:
+            break
+    return words
+
+
 def commands_in(lines: list[str]) -> list[list[str]]:
-    """Words of every command of vgan's, without what is put before it."""
+    """Return the words of every command of vgan and of its scripts."""
     found = []
     for command in itertools.chain.from_iterable(line.split(" && ") for line in lines):
-        words = [word for word in shlex.split(command, comments=True) if word != "..."]
-        while words and (
-            words[:2] == ["uv", "run"]
-            or re.fullmatch(r"[A-Z]+=.*", words[0])
-            or words[0] == "--with"
-        ):
-            words = words[1 if "=" in words[0] else 2 :]
+        words = without_prefix(shlex.split(command, comments=True))
         program = words[0] if words else ""
-        if program.startswith(("vgan-", "torchrun")) or (
-            program.startswith("python") and "scripts/" in words[1]
-        ):
+        is_script = program.startswith("python") and "scripts/" in words[1]
+        if is_script or program.startswith(("vgan-", "torchrun")):
             found.append(words)
     return found
 
 
 def section(title: str) -> list[list[str]]:
-    """The commands of a section of README.md."""
-    return commands_in(
-        lines_of(TEXTS["README.md"].partition(f"## {title}")[2].partition("\n## ")[0])
-    )
+    """Return the commands of a section of README.md."""
+    _, _, after = TEXTS["README.md"].partition(f"\n## {title}\n")
+    return commands_in(lines_of("\n" + after.partition("\n## ")[0]))
 
 
 COMMANDS = [
@@ -85,110 +91,86 @@ COMMANDS += [
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that pages tell to write."""
+    """A folder with the files that the pages show."""
     folder = tmp_path_factory.mktemp("workshop")
     for text in TEXTS.values():
         for _, body in FENCE.findall(text):
             if named := FILES.match(body):
-                (folder / named[1]).parent.mkdir(parents=True, exist_ok=True)
-                (folder / named[1]).write_text(body.removeprefix(named[0]), encoding="utf-8")
+                path = folder / named[1]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(body.removeprefix(named[0]), encoding="utf-8")
     return folder
 
 
 def overrides_of(words: list[str]) -> tuple[str, list[str]]:
-    """The command that must accept them, and KEY=VALUE words. Programs and options that are not there fail here."""
+    """Return the console script and its KEY=VALUE words; fail for unknown programs and options."""
     program, rest = words[0], words[1:]
     if program == "torchrun":
-        assert rest[rest.index("-m") + 1] == "vgan.training.train"
-        return "vgan-train", rest[rest.index("-m") + 2 :]
+        assert "--no-python" in rest
+        start = rest.index("vgan-train")
+        return rest[start], rest[start + 1 :]
     if program.startswith("python"):
         source = (ROOT / rest[0]).read_text(encoding="utf-8")
-        options = [word for word in rest if word.startswith("--")]
-        assert all(f'"{option.partition("=")[0]}"' in source for option in options), (
-            f"{rest[0]} has no such option: {options}"
-        )
+        options = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        unknown = [option for option in options if f'"{option}"' not in source]
+        assert not unknown, f"{rest[0]} has no option {unknown}"
         return "vgan-train", [word for word in rest[1:] if re.match(r"[+~]*[\w./]+=", word)]
-    assert program in SCRIPTS, f"{program}: no such command"
-    assert callable(getattr(cli, f"{program.removeprefix('vgan-')}_main"))
+    assert program in cli.COMMANDS, f"{program}: no such command"
     if program == "vgan-data" and rest and re.fullmatch(r"\w+", rest[0]):
         rest = [f"do={rest[0]}", *rest[1:]]
     return program, rest
 
 
 def compositions(program: str, words: list[str], folder: Path) -> Iterator[Any]:
-    """What each job of a command would be started with."""
-    own = [
-        f"hydra.searchpath=[file://{folder / w.partition('=')[2]}]"
-        for w in words
-        if w.startswith("--config-dir=")
-    ]
-    words = [
-        w
-        for w in words
-        if w not in ("-m", "--help", "--cfg", "job") and not w.startswith(("--config-dir", "hydra"))
-    ]
-    parsed = OverridesParser.create().parse_overrides(words)
-    choices = [
-        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [o.input_line]
-        for o in parsed
-    ]
+    """Yield the config of each job that a command starts."""
+    dropped = ("-m", "--help", "--cfg", "job")
+    own = [w.partition("=")[2] for w in words if w.startswith("--config-dir=")]
+    search = [f"hydra.searchpath=[file://{folder / name}]" for name in own]
+    words = [w for w in words if w not in dropped and not w.startswith(("--config-dir", "hydra"))]
+    choices = []
+    for o in OverridesParser.create().parse_overrides(words):
+        if o.is_sweep_override():
+            choices.append([f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()])
+        else:
+            choices.append([o.input_line])
+    for job in itertools.product(*choices):
+        yield compose(cli.COMMANDS[program].config_name, [*search, *map(str, job)])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_accepted(page: str, workshop: Path) -> None:
+    cli.register_schemas()
     with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
-        for job in itertools.product(*choices):
-            yield compose(KEYS["commands"]()[program][0], [*own, *map(str, job)])
+        for _, words, whole in (command for command in COMMANDS if command[0] == page):
+            check_command(tuple(words), whole, workshop)
 
 
-@pytest.mark.parametrize(
-    ("page", "words", "whole"),
-    COMMANDS,
-    ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else str(x),
-)
-def test_every_command_is_accepted(
-    page: str, words: list[str], whole: bool, workshop: Path
-) -> None:
-    program, given = overrides_of(words)
-    name, schema = KEYS["commands"]()[program]
-    check = (
-        config.validate
-        if name == "train"
-        else getattr(config, f"validate_{name}", lambda cfg: None)
-    )
-    for cfg in compositions(program, given, workshop):
-        check(cfg)
-        mine = OmegaConf.masked_copy(cfg, [f.name for f in fields(schema)])
-        OmegaConf.to_container(
-            mine, resolve=True, throw_on_missing=whole and "--help" not in given
-        )  # what must be given is
+@functools.cache  # pages share commands
+def check_command(words: tuple[str, ...], whole: bool, workshop: Path) -> None:
+    program, overrides = overrides_of(list(words))
+    old = [word for word in overrides if upgrade_override(word) != word]
+    assert not old, f"{old}: renamed"
+    for cfg in compositions(program, overrides, workshop):
+        missing = OmegaConf.missing_keys(cfg)
+        needs_all = whole and "--help" not in overrides
+        assert not (missing and needs_all), f"{' '.join(words)}: lacks {missing}"
+        for key in missing:
+            OmegaConf.update(cfg, key, "x")
+        validate(config.typed(cfg))
 
 
-def test_commands_were_found_on_the_pages_that_have_them() -> None:
-    counts = {page: sum(page == other for other, _, whole in COMMANDS if whole) for page in TEXTS}
-    assert counts["README.md"] > 25
-    assert (
-        min(
-            counts[page]
-            for page in (
-                "own-pictures.md",
-                "recipes.md",
-                "configuration.md",
-                "quality.md",
-                "performance.md",
-            )
-        )
-        > 4
-    )
-    told = {words[0] for _, words, _ in COMMANDS}
-    assert told >= SCRIPTS, f"no page shows {SCRIPTS - told}"
-    assert "pip install uv && uv run pytest" in TEXTS["README.md"]
+def test_the_pages_show_every_command() -> None:
+    shown = {words[0] for _, words, _ in COMMANDS}
+    assert shown >= cli.COMMANDS.keys()
+    assert len(section("Quick start")) > 4  # the sections that tests run were found
+    assert len(section("Sample")) > 4
 
 
-# --- what runs ------------------------------------------------------------------------------------------------------
+# --- what runs -----------------------------------------------------------------------------------
 
 SMALL = {
     "vgan-train": TINY,
     "vgan-sample": ["n=null", "frames=2", "device=cpu"],
-    "vgan-eval": [word for word in QUICK if not word.startswith("features=")],
     "vgan-report": [],
     "vgan-data": ["data.resolution=16", "data.size=64"],
 }
@@ -200,84 +182,86 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return Cli(monkeypatch, capsys)
 
 
-def obey(run: Cli, words: list[str]) -> str:
-    """Give a page's command, made small; its output."""
-    code, out, err = run(
-        getattr(cli, f"{words[0].removeprefix('vgan-')}_main"), *words[1:], *SMALL[words[0]]
-    )
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's first command ran, made small."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["vgan-train", *section("Quick start")[0][1:], *TINY])
+        cli.train_main()
+    return folder
+
+
+@pytest.fixture
+def at_trained(run: Cli, trained: Path, tmp_path: Path) -> Cli:
+    """The README's first run, copied into the current folder."""
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    return run
+
+
+def obey(run: Cli, words: list[str], small: list[str]) -> str:
+    """Run a page's command, made small; return its output."""
+    main = getattr(cli, f"{words[0].removeprefix('vgan-')}_main")
+    code, out, err = run(main, *words[1:], *small)
     assert code == 0, err
     return out
 
 
-def test_the_first_five_minutes(run: Cli, tmp_path: Path) -> None:
-    train, sample, report, evaluate, data = (
-        words for words in section("Five minutes") if words[0] in SCRIPTS
-    )
-    assert (train[0], evaluate[0]) == ("vgan-train", "vgan-eval")
-    assert "Done: 32 images" in obey(run, train)
-    for words in (sample, report, data):
-        obey(run, words)
-    for name in (
-        "grid.png",
-        "contact.png",
-        "outputs/shapes-attn-xs/report.html",
-        "outputs/shapes-attn-xs/fakes-000000032.png",
-    ):
+def test_the_quick_start_runs(at_trained: Cli, tmp_path: Path) -> None:
+    train, *others = section("Quick start")
+    assert train[0] == "vgan-train"
+    evaluated = [words for words in others if words[0] == "vgan-eval"]
+    for words in others:
+        if words not in evaluated:
+            obey(at_trained, words, SMALL[words[0]])
+    for name in ("grid.png", "contact.png", "outputs/shapes-attn-xs/report.html"):
         assert (tmp_path / name).stat().st_size > 500
+    grids = list((tmp_path / "outputs" / "shapes-attn-xs").glob("fakes-*.png"))
+    assert len(grids) > 1
 
 
-def test_their_evaluation(run: Cli, tmp_path: Path) -> None:
-    train, evaluate = (
-        words for words in section("Five minutes") if words[0] in ("vgan-train", "vgan-eval")
-    )
-    obey(run, train)
-    assert "64 training pictures of 16 px" in obey(run, evaluate)
-    assert "protocol" in (tmp_path / "outputs" / "shapes-attn-xs" / "metrics.jsonl").read_text(
-        encoding="utf-8"
-    )
+def test_the_quick_start_evaluates(at_trained: Cli, tmp_path: Path) -> None:
+    evaluate = next(words for words in section("Quick start") if words[0] == "vgan-eval")
+    small = ["features.train_kimg=0.1", "n=40", "batch_size=20", "device=cpu"]
+    assert "fid" in obey(at_trained, evaluate, small)
+    metrics = tmp_path / "outputs" / "shapes-attn-xs" / "metrics.jsonl"
+    assert "protocol" in metrics.read_text(encoding="utf-8")
 
 
-def test_films_and_sheets_of_the_readme(run: Cli, tmp_path: Path) -> None:
-    obey(run, ["vgan-train"])
-    given = [words for words in section("Drawing") if "ckpt=outputs/shapes-attn-xs" in words]
+def test_the_films_and_maps_of_the_readme_are_drawn(at_trained: Cli, tmp_path: Path) -> None:
+    given = [words for words in section("Sample") if "ckpt=outputs/shapes-attn-xs" in words]
     names = [next(word[4:] for word in words if word.startswith("out=")) for words in given]
-    assert names == ["film.webp", "attention.png", "patches.png", "classes.png"]
+    assert {Path(name).suffix for name in names} == {".webp", ".png"}
     for words in given:
-        small = SMALL["vgan-sample"][1 if any(word.startswith("n=") for word in words) else 0 :]
-        code, _, err = run.sample(*words[1:], *small)
-        assert code == 0, err
+        has_n = any(word.startswith("n=") for word in words)
+        obey(at_trained, words, SMALL["vgan-sample"][0 if has_n else 1 :])
     assert all((tmp_path / name).stat().st_size > 500 for name in names)
 
 
-def test_parts_of_ones_own_plug_in(
+def test_ones_own_classes_plug_in(
     run: Cli, workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page's network, data set, optimizer and features; then its lines that load what came of it."""
+    """The page's network, data set, optimizer and features; then its lines that load the result."""
     monkeypatch.chdir(workshop)
     monkeypatch.syspath_prepend(str(workshop))
-    words = next(
-        words
-        for words in commands_in(lines_of(TEXTS["configuration.md"]))
-        if "model=tower" in words
-    )
+    commands = commands_in(lines_of(TEXTS["docs/configuration.md"]))
+    words = next(words for words in commands if "model=tower" in words)
     small = [w for w in TINY if w != "data=shapes"]
-    code, out, err = run.train(*words[1:], *small, "eval_kimg=0.032", "eval.n=20")
-    assert code == 0, err
-    assert "stripes: 64 images of 16 px, 1 channels" in out
+    out = obey(run, words, [*small, "eval_kimg=0.032", "eval.n=20"])
+    assert "stripes" in out
     assert "fid" in out
     code, _, err = run.sample("ckpt=outputs/stripes-tower-xs", "device=cpu")
-    assert "a checkpoint may name vgan's own classes only" in err  # as the page says
-    exec_snippet(
-        next(body for body in snippets("configuration.md") if "outputs/stripes-tower-xs" in body)
-    )
+    assert code == 1  # as the page says
+    assert "mine.Tower" in err
+    bodies = snippets("docs/configuration.md")
+    exec_snippet(next(body for body in bodies if "outputs/stripes-tower-xs" in body))
 
 
 def snippets(page: str) -> list[str]:
-    return [
-        body
-        for kind, body in FENCE.findall(TEXTS[page])
-        if kind == "python" and not FILES.match(body)
-    ]
+    """Return the Python blocks of a page that are to be run."""
+    blocks = FENCE.findall(TEXTS[page])
+    return [body for kind, body in blocks if kind == "python" and not FILES.match(body)]
 
 
 def exec_snippet(body: str) -> dict[str, Any]:
@@ -286,21 +270,22 @@ def exec_snippet(body: str) -> dict[str, Any]:
     return names
 
 
-def test_snippets_run(run: Cli) -> None:
-    run.train(*TINY, "run_dir=outputs/mine")
+def test_the_snippet_of_the_readme_runs(at_trained: Cli, tmp_path: Path) -> None:
+    (tmp_path / "outputs" / "shapes-attn-xs").rename(tmp_path / "outputs" / "mine")
     (body,) = snippets("README.md")
     assert exec_snippet(body)["images"].shape == (16, 3, 16, 16)
-    others = [
-        page for page in TEXTS if page not in ("README.md", "configuration.md") and snippets(page)
-    ]
-    assert others == [], "give these pages' snippets a test"
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+def test_no_snippet_is_untested() -> None:
+    tested = {"README.md", "docs/configuration.md", "CONTRIBUTING.md"}  # the last shows style only
+    assert {page for page in TEXTS if snippets(page)} <= tested
+
+
+# --- what is said --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_pictures_are_there(page: str) -> None:
+def test_links_and_images_are_there(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[page])):
         if re.match(r"https?:", target):
             continue
@@ -309,56 +294,27 @@ def test_links_and_pictures_are_there(page: str) -> None:
         assert path.exists(), f"{page}: {target} leads nowhere"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
-            assert anchor in [
-                re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings
-            ], f"{page}: {target}"
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, f"{page}: {target}"
 
 
-def test_every_page_and_picture_is_in_use_and_light() -> None:
-    for page in PAGES.values():
-        if page.name != "README.md":
-            assert f"(docs/{page.name})" in TEXTS["README.md"], (
-                f"README.md does not list {page.name}"
-            )
-    shown = {
-        os.path.basename(target)
-        for text in TEXTS.values()
-        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    }
-    for picture in (ROOT / "docs" / "img").iterdir():
-        assert picture.name in shown, f"{picture.name} is on no page"
-        assert picture.stat().st_size < 300_000, f"{picture.name} is too heavy"
+def test_the_architecture_page_names_functions_that_exist() -> None:
+    """A function named beside a linked file is defined in one of the files of its row."""
+    for row in re.findall(r"^\|.*\]\(\.\./vgan.*\.py.*$", TEXTS["docs/architecture.md"], re.M):
+        targets = re.findall(r"\]\(\.\./(vgan[^)]*\.py)\)", row)
+        source = "".join((ROOT / target).read_text(encoding="utf-8") for target in targets)
+        for name in re.findall(r"`([A-Z_]{4,}|[A-Za-z_]+\.\w+|[a-z]+_\w+)`", row):
+            last = name.rpartition(".")[2]
+            is_pattern = last in ("d_name", "g_name", "yaml")
+            assert is_pattern or last in source, f"{name} is not in {targets}"
 
 
-def test_the_tables_of_keys_say_what_the_schemas_say() -> None:
-    page = TEXTS["configuration.md"]
-    assert KEYS["written"](page) == page, (
-        "uv run python scripts/list_keys.py brings docs/configuration.md up to date"
-    )
-    for _, schema in KEYS["commands"]().values():
-        for key, text in config.explained_keys(schema):
-            assert f"| `{key}` |" in page
-            assert text.replace("|", "\\|") in page
-
-
-def test_the_page_of_floors_is_the_house() -> None:
-    rows = re.findall(r"^\|[^|]*\| ((?:`\w+` ?)+)\|", TEXTS["architecture.md"], re.M)
-    assert [set(re.findall(r"\w+", row)) for row in rows] == FLOORS, (
-        "name every file of FLOORS in docs/architecture.md"
-    )
+def test_the_tables_of_keys_are_current() -> None:
+    page = TEXTS["docs/configuration.md"]
+    fix = "uv run python scripts/list_keys.py brings docs/configuration.md up to date"
+    assert runpy.run_path(str(ROOT / "scripts" / "list_keys.py"))["written"](page) == page, fix
 
 
 def test_every_preset_has_its_recipe() -> None:
     for path in (config.CONFIG_DIR / "experiment").glob("*.yaml"):
-        assert f"| `{path.stem}` |" in TEXTS["recipes.md"], (
-            f"recipes.md does not tell of experiment={path.stem}"
-        )
-        assert f"experiment={path.stem}" in TEXTS["recipes.md"]
-
-
-def test_pages_keep_house_rules() -> None:
-    for page, text in TEXTS.items():
-        assert not re.search(r"/(?:tmp|root|home|work)/|\bpypi\.", text), (
-            f"{page} names a machine's own path"
-        )
-    assert sys.version_info >= (3, 10)  # as README.md says
+        assert f"experiment={path.stem}" in TEXTS["docs/recipes.md"]

@@ -19,7 +19,7 @@ from vgan.runtime.rng import normal
 
 
 class Means(torch.nn.Module):
-    """Features that anyone can work out: the means of the channels, and of the two halves of the first."""
+    """Features that are easy to compute: means of the channels, and of halves of the first."""
 
     protocol = "means"
 
@@ -138,7 +138,7 @@ def test_plain_generator_can_be_judged(dataset: Dataset, tmp_path: Path) -> None
 
 
 class ByNumber(Repeating):
-    """Draws the i-th of its images for picture i of seed 0, in whatever order these are asked for."""
+    """Draws the i-th of its images for number i of seed 0, in any order."""
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         known = normal(0, "sample", torch.arange(len(self.images)), self.z_dim)

@@ -8,60 +8,36 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import seams
 import torch
-from hydra import compose, initialize_config_dir
-from runs import TINY, train_in_process
+from checkpoints import compose_as, make_checkpoint
 from safetensors import safe_open
 
-import vgan.inference.export
 from vgan import load_generator
-from vgan.config import CONFIG_DIR, ExportConfig, typed
-from vgan.inference.export import export, generator_onnx, latents_onnx
+from vgan.config import ExportConfig
+from vgan.inference.attention_maps import finest_attention
+from vgan.inference.export import ENDINGS, FromLatent, export, generator_onnx, latents_onnx
 from vgan.inference.latents import draw, latents
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import to_uint8
-from vgan.validation import validate
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "r"
-    train_in_process(
-        folder, "total_kimg=0.04", "size.attention_resolutions=[4,8]", "model=adaptive"
-    )
-    path = checkpoint.find(folder)
-    parts = checkpoint.load(path)
-    rng = torch.Generator().manual_seed(0)
-    for weight in parts["G_ema"].values():  # so that no layer is at the zero it starts with
-        weight.add_(0.05 * torch.randn(weight.shape, generator=rng))
-    checkpoint.save(path, parts, keep=1)
-    return path
+    folder = tmp_path_factory.mktemp("model")
+    overrides = ("model=adaptive", "size.attention_resolutions=[4,8]")
+    return make_checkpoint(folder, *overrides, noise=0.05)
 
 
 @pytest.fixture(scope="module")
 def without_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "r"
-    pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
-    np.save(folder.with_name("pictures.npy"), pictures)
-    tiny = [o for o in TINY if not o.startswith("data")] + ["data=folder", "data.resolution=16"]
-    train_in_process(
-        folder,
-        f"data.path={folder.with_name('pictures.npy')}",
-        "total_kimg=0.04",
-        "model=plain",
-        tiny=tiny,
-    )
-    return checkpoint.find(folder)
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, "model=plain", labels=(), noise=0.05)
 
 
 def run(ckpt: Path, *overrides: object) -> Path:
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("export", overrides=[f"ckpt={ckpt}", *map(str, overrides)])
-    cfg = typed(composed)
-    assert isinstance(cfg, ExportConfig)
-    validate(cfg)
-    return export(cfg)
+    return export(compose_as(ExportConfig, "export", f"ckpt={ckpt}", *overrides))
 
 
 def test_onnx_runs_in_onnxruntime_for_any_batch(
@@ -93,13 +69,11 @@ def test_numbers_give_the_pictures_of_vgan_sample(ckpt: Path, tmp_path: Path) ->
     assert (to_uint8(torch.from_numpy(images)).int() - ours.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("to", vgan.inference.export.ENDINGS)
+@pytest.mark.parametrize("to", ["onnx", "pt2", "torchscript", "safetensors"])
 def test_every_kind_takes_a_model_without_classes(
     without_classes: Path, tmp_path: Path, to: str
 ) -> None:
-    out = run(
-        without_classes, f"to={to}", f"out={tmp_path / 'g'}{vgan.inference.export.ENDINGS[to]}"
-    )
+    out = run(without_classes, f"to={to}", f"out={tmp_path / 'g'}{ENDINGS[to]}")
     G = load_generator(without_classes, device="cpu")
     z, c = latents(G, torch.arange(3), seed=1)
     expected = G(z, c)
@@ -126,7 +100,7 @@ def test_numbers_and_labels_in_torchs_own_kinds(ckpt: Path, tmp_path: Path, to: 
         f"to={to}",
         "input=numbers",
         "seed=5",
-        f"out={tmp_path / 'g'}{vgan.inference.export.ENDINGS[to]}",
+        f"out={tmp_path / 'g'}{ENDINGS[to]}",
     )
     numbers, labels = torch.tensor([0, 9, 2**40 + 1]), torch.tensor([1, 0, 7])
     with warnings.catch_warnings():
@@ -156,6 +130,17 @@ def test_safetensors_are_read_and_hold_what_makes_the_network(ckpt: Path, tmp_pa
         load_generator(tmp_path / "none.safetensors", device="cpu")
 
 
+def test_a_checkpoint_is_written_in_the_newest_format(ckpt: Path, tmp_path: Path) -> None:
+    out = run(ckpt, "to=checkpoint", f"out={tmp_path / 'new' / 'x.safetensors'}")
+    state = checkpoint.load(out)
+    assert checkpoint.digest(state) == checkpoint.digest(checkpoint.load(ckpt))
+    assert run(out, "to=checkpoint", f"out={out}") == out
+    assert checkpoint.digest(checkpoint.load(out)) == checkpoint.digest(state)
+    with pytest.raises(UserError, match="is the checkpoint itself; give another name"):
+        run(out, "to=safetensors", f"out={out}")
+
+
+@pytest.mark.slow
 def test_graphs_of_the_page(ckpt: Path, without_classes: Path) -> None:
     G = load_generator(ckpt, device="cpu")
     numbers = torch.tensor([3, 2**33])
@@ -171,31 +156,31 @@ def test_graphs_of_the_page(ckpt: Path, without_classes: Path) -> None:
     )
     assert np.abs(images - G(z, c).numpy()).max() < 1e-4
     assert attention.shape == (2, 1, 64, 64)
-    looked = vgan.inference.export.FromLatent(G, G.stages[1][-1])(z, c)[1]  # type: ignore[index, union-attr]
+    looked = FromLatent(G, G.stages[1][-1])(z, c)[1]  # type: ignore[index, union-attr]
     assert np.abs(attention - looked.numpy()).max() < 1e-4
-    assert generator_onnx(load_generator(without_classes, device="cpu"))[1] is None
+    assert finest_attention(load_generator(without_classes, device="cpu")) is None
 
 
 def test_what_differs_is_not_written(
     ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vgan.inference.export, "TOLERANCE", -1.0)
+    seams.set_export_tolerance(-1.0, monkeypatch)
     with pytest.raises(
-        UserError, match=r"to=onnx: its images differ from torch's by .*; use to=safetensors"
+        UserError, match=r"to=torchscript: its images differ from torch's by .*; use to=safetensors"
     ):
-        run(ckpt, "to=onnx", f"out={tmp_path / 'g.onnx'}")
+        run(ckpt, "to=torchscript", f"out={tmp_path / 'g.ts'}")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_operator_that_onnx_does_not_have_is_one_line(
-    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    without_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unknown(self: torch.nn.Module, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return self.G(z + torch.linalg.eigvals(z.T @ z).real[0], c)  # type: ignore[operator]
+    def unknown(self: FromLatent, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        return self.G(z + torch.linalg.eigvals(z.T @ z).real[0], c)
 
-    monkeypatch.setattr(vgan.inference.export.FromLatent, "forward", unknown)
+    seams.replace_exported_forward(unknown, monkeypatch)
     with pytest.raises(UserError, match="to=onnx: torch cannot export this network") as caught:
-        run(ckpt, "to=onnx", f"out={tmp_path / 'g.onnx'}")
+        run(without_classes, "to=onnx", f"out={tmp_path / 'g.onnx'}")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -205,7 +190,7 @@ def test_an_operator_that_onnx_does_not_have_is_one_line(
     [
         (["to=coreml"], "to=coreml: must be one of onnx"),
         (["to=onnx", "out=x.pt"], "out=x.pt: must end in .onnx"),
-        (["to=onnx", "input=seed"], "input=seed: must be z or numbers"),
+        (["to=onnx", "input=seed"], "input=seed: must be one of z, numbers"),
     ],
 )
 def test_bad_input(

@@ -150,7 +150,10 @@ def test_each_try_changes_one_thing_more_and_then_the_run_gives_up(
         for w in checkpoint.load(checkpoint.find(tmp_path / "r"))["G"].values()
     )
     put_aside = sorted(p.name for p in (tmp_path / "r").glob("rejected-*"))
-    assert put_aside == ["rejected-checkpoint-000000160.safetensors", "rejected-checkpoint-000000200.safetensors"]
+    assert put_aside == [
+        "rejected-checkpoint-000000160.safetensors",
+        "rejected-checkpoint-000000200.safetensors",
+    ]
 
 
 def test_a_fault_before_the_first_checkpoint_starts_anew(
@@ -293,7 +296,8 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(
 ) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        UserError, match=r"checkpoint-000000400.safetensors: cannot be written \(No space left on device\)"
+        UserError,
+        match=r"checkpoint-000000400.safetensors: cannot be written \(No space left on device\)",
     ):
         train_in_process(tmp_path / "r")
 
@@ -398,7 +402,10 @@ def test_curves_are_whole_after_a_disk_was_full(
 
 def test_what_a_kill_left_of_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
-    left = [tmp_path / "r" / name for name in (".checkpoint-000000050.safetensors.tmp", ".best.safetensors.tmp")]
+    left = [
+        tmp_path / "r" / name
+        for name in (".checkpoint-000000050.safetensors.tmp", ".best.safetensors.tmp")
+    ]
     for path in left:
         path.write_bytes(b"half")
     train_in_process(tmp_path / "r", "total_kimg=0.008")

@@ -1,4 +1,4 @@
-"""Whatever is fed, the answer is a result or one clear line: no traceback, no hang, no more than 1 GB of memory.
+"""Any input gives a result or one clear line: no traceback, no hang, under 1 GB of memory.
 
 The default tests feed a few of each kind; `pytest -m soak` feeds 5,000 in all.
 """
@@ -14,18 +14,18 @@ from typing import Any
 import fuzz
 import numpy as np
 import pytest
+import seams
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from runs import TINY, train_in_process
 
-import vgan.training.train
 from vgan import cli, load_generator
 from vgan.config import TrainConfig, explained_keys
 from vgan.data.folder import Folder
 from vgan.data.packed import pack
-from vgan.data.source import MOST_BYTES
+from vgan.data.preprocess import MOST_BYTES
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 
@@ -34,10 +34,13 @@ few_and_many = pytest.mark.parametrize("cases", [60, pytest.param(1700, marks=py
 
 
 class Limits:
-    """Fails a test where a case took too long or too much memory."""
+    """Fails a test if a case takes too much CPU time or memory.
+
+    CPU time does not depend on the load of the machine.
+    """
 
     def __init__(self) -> None:
-        self._start, self._before = time.monotonic(), self._peak_gb()
+        self._start, self._before = time.process_time(), self._peak_gb()
 
     @staticmethod
     def _peak_gb() -> float:
@@ -50,8 +53,8 @@ class Limits:
         )
 
     def check(self, case: int) -> None:
-        now = time.monotonic()
-        assert now - self._start < MOST_S, f"case {case} took {now - self._start:.1f} s"
+        now = time.process_time()
+        assert now - self._start < MOST_S, f"case {case} took {now - self._start:.1f} s of CPU time"
         assert self._peak_gb() - self._before < MOST_GB, f"case {case}"
         self._start = now
 
@@ -142,7 +145,7 @@ def test_settings(
 ) -> None:
     """Everything before the first step, for random overrides of random keys."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vgan.training.train, "loop", lambda *_: None)
+    seams.replace_loop(lambda *_: None, monkeypatch)
     keys = [k for k, _ in explained_keys(TrainConfig)] + [
         "data.resolution",
         "data.size",
@@ -158,8 +161,9 @@ def test_settings(
         "optim.optimizer.eps",
         "",
     ]
-    values = ["0", "1", "-1", "2", "3", "8", "0.5", "17", "1e9", "nan", "inf", "null", "true", "[]", "[1,2]", "{}", "{a:1}",
-              "abc", "''", "${seed}", "${oc.env:HOME}", "os.system", "\x00", "ü", "1e-9", "=", "fp16", "auto", "??"]  # fmt: skip
+    values = ["0", "1", "-1", "2", "3", "8", "0.5", "17", "1e9", "1e-9", "nan", "inf", "null"]
+    values += ["true", "[]", "[1,2]", "{}", "{a:1}", "abc", "''", "${seed}", "${oc.env:HOME}"]
+    values += ["${loss}", "os.system", "\x00", "ü", "=", "fp16", "auto", "??"]
     limits, accepted = Limits(), 0
     for case in range(cases):
         rng = random.Random(case)
@@ -185,7 +189,7 @@ def test_settings(
     assert accepted > 0
 
 
-# --- single inputs that were found to do harm -----------------------------------------------------------------------
+# --- single inputs that did harm ---
 
 
 def test_a_link_to_nothing_and_a_link_in_a_circle(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_a_link_to_nothing_and_a_link_in_a_circle(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / "sub" / f"{i}.png")
     (folder / "gone.png").symlink_to(tmp_path / "nothing.png")
     (folder / "sub" / "again").symlink_to(folder)
-    with pytest.raises(UserError, match=r"1 unreadable picture\(s\): gone.png"):
+    with pytest.raises(UserError, match=r"1 unreadable image\(s\): gone.png"):
         pack(Folder(str(folder), 16), tmp_path / "cache")
     assert len(pack(Folder(str(folder), 16, skip_bad=True), tmp_path / "cache")) == 3
 
@@ -225,7 +229,7 @@ def test_single_bad_pictures_are_named(tmp_path: Path, kind: str) -> None:
     if kind == "torn":
         at = content.rindex(b"bad.png", 0, content.rindex(b"PK\x01\x02")) + 20
         path.write_bytes(content[:at] + b"\xff\xff\xff" + content[at + 3 :])
-    with pytest.raises(UserError, match=r"1 unreadable picture\(s\): bad.png"):
+    with pytest.raises(UserError, match=r"1 unreadable image\(s\): bad.png"):
         pack(Folder(str(path), 16), tmp_path / "cache")
 
 

@@ -65,7 +65,7 @@ def test_against_torch_fidelity(fake: torch.Tensor, real: torch.Tensor) -> None:
 
 
 def test_kernel_distance_covers_the_truth(generator: torch.Generator) -> None:
-    """Of equal distributions the interval holds 0 about 95 times in 100; without the unbiased diagonal it would not."""
+    """For equal distributions the interval contains 0 about 95 times in 100."""
     held = 0
     for _ in range(40):
         x, y = torch.randn(2, 1000, 8, generator=generator)

@@ -1,18 +1,17 @@
 import pytest
 import torch
 
-from vgan.models.cost import count_multiply_adds, count_parameters
+from vgan.models.attention import AdaptiveAttention2d, SelfAttention2d
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator, PlainGenerator
 from vgan.models.layers import (
-    AdaptiveAttention2d,
     BiasLeakyReLU,
     ConvToPixels,
-    SelfAttention2d,
     SeparableConv2d,
     conv3x3,
     upsample2x,
 )
+from vgan.training.summary import count_multiply_adds, count_parameters
 
 WIDTHS = [16, 16, 16, 8, 8, 8, 8]
 

@@ -9,12 +9,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from checkpoints import compose_as, make_checkpoint
 from PIL import Image, ImageSequence
-from runs import train_in_process
 
 from vgan import load_generator
-from vgan.config import CONFIG_DIR, SampleConfig, typed
+from vgan.config import SampleConfig
 from vgan.inference.attention_maps import (
     AttentionMap,
     attention_grid,
@@ -26,32 +25,18 @@ from vgan.inference.latents import draw, interpolate, latents, render, slerp, wa
 from vgan.inference.load import load_discriminator
 from vgan.inference.sample import parse_seeds, sample
 from vgan.inference.writers import FILMS, write_film
-from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
-from vgan.validation import validate
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with attention at 8 px and 8 classes, whose attention has an effect."""
-    folder = tmp_path_factory.mktemp("model") / "r"
-    train_in_process(folder, "total_kimg=0.04", "size.attention_resolutions=[4,8]")
-    path = checkpoint.find(folder)
-    parts = checkpoint.load(path)
-    for name, weight in parts["G_ema"].items():
-        if name.endswith("gate"):
-            weight.fill_(0.5)
-    checkpoint.save(path, parts, keep=1)
-    return path
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, "size.attention_resolutions=[4,8]", noise=0.05)
 
 
 def run(ckpt: Path, *overrides: object) -> Path:
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("sample", [f"ckpt={ckpt}", "device=cpu", *map(str, overrides)])
-    cfg = typed(composed)
-    assert isinstance(cfg, SampleConfig)
-    validate(cfg)
-    return sample(cfg)
+    return sample(compose_as(SampleConfig, "sample", f"ckpt={ckpt}", "device=cpu", *overrides))
 
 
 def test_seeds_are_numbers_of_a_series() -> None:

@@ -18,6 +18,7 @@ def test_means_over_the_steps_that_had_the_name() -> None:
     stats.add({"a": torch.tensor(1.0), "b": torch.tensor(10.0)})
     stats.add({"a": torch.tensor(3.0)})
     assert stats.means() == {"a": 2.0, "b": 10.0}
+    stats.reset()
     assert stats.means() == {}
 
 
@@ -132,7 +133,7 @@ def test_metrics_are_read_with_the_names_of_today(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [first, second]
 
 
-GRIDS = {"reals", "fakes", "looks_fake"}
+GRIDS = {"reals", "fakes", "patch_logits"}
 
 
 @pytest.mark.parametrize(("model", "names"), [("adaptive", {*GRIDS, "attention"}), ("sep", GRIDS)])

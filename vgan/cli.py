@@ -25,10 +25,10 @@ from vgan.runtime.errors import UserError, is_out_of_memory
 from vgan.runtime.renamed import upgrade_override
 from vgan.runtime.signals import (
     Stopped,
-    expect_stops,
-    remember_interrupts,
+    exit_on_stop_signals,
+    record_interrupts,
+    training_started,
     was_interrupted,
-    was_training,
 )
 from vgan.validation import validate
 
@@ -116,9 +116,9 @@ def run(command: Command) -> None:
     register_schemas()
     with contextlib.ExitStack() as stack:
         if command.program == "vgan-train":
-            stack.enter_context(expect_stops())
+            stack.enter_context(exit_on_stop_signals())
             stack.enter_context(ignore_write_errors())
-        remember_interrupts()
+        record_interrupts()
         stack.enter_context(_one_line_errors(command))
         hydra.main(str(config.CONFIG_DIR), command.config_name, version_base="1.3")(command)()
 
@@ -241,7 +241,7 @@ def _raised_by_hydra(e: BaseException) -> bool:
 def _fail(program: str, text: str, code: int) -> None:
     if code == 130 or was_interrupted():  # any other error is a consequence of the interrupt
         code, text = 130, "stopped at once"
-        if was_training():
+        if training_started():
             text += "; run the same command to resume from the last checkpoint"
     print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)

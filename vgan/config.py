@@ -27,8 +27,8 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def at_least(low: float, note: str = "") -> Rule:
-    return Rule(f"must be at least {low:g}{note}", lambda v: v >= low)
+def at_least(low: float) -> Rule:
+    return Rule(f"must be at least {low:g}", lambda v: v >= low)
 
 
 def above(low: float) -> Rule:
@@ -199,9 +199,7 @@ class TrainConfig:
     )
     deterministic: bool = key("use deterministic kernels only; slower on GPUs")
     threads: int = key("CPU threads of torch; 0 keeps torch's default", at_least(0))
-    total_kimg: float = key(
-        "length of the run in thousands of real images", at_least(0.001, ", which is one image")
-    )
+    total_kimg: float = key("length of the run in thousands of real images", between(0.001, 1e9))
     batch_size: int = key("images per step, over all processes", above(0))
     batch_gpu: int | None = key(
         "images per micro-batch on each device, with the same result; null: as many as fit",

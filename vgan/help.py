@@ -37,19 +37,16 @@ Run the same command again to resume.""",
   vgan-export ckpt=outputs/mine to=onnx input=numbers               draws z itself, from a seed
   vgan-export ckpt=outputs/mine to=safetensors license=CC-BY-4.0    for load_generator
   vgan-export ckpt=outputs/mine to=html out=page/                   runs in the browser""",
-    "vgan-report": """vgan-report: write a report on a run, or a comparison of several, as one
-HTML file without external resources.
+    "vgan-report": """vgan-report: write a report on one or several runs as one HTML file.
 
   vgan-report run=outputs/mine                         writes outputs/mine/report.html
   vgan-report run=[outputs/a,outputs/b] out=compared.html""",
-    "vgan-doctor": """vgan-doctor: check the machine, the data, the disk and the speed before a
-run. It writes nothing into run_dir.
+    "vgan-doctor": """vgan-doctor: check machine, data, disk and speed; run_dir is not changed.
 
   vgan-doctor                                        the built-in shapes
   vgan-doctor data=folder data.path=images run_dir=outputs/mine
 
-It takes the keys of vgan-train and ends with the command to run. Exit code 1:
-training would fail.""",
+It ends with the command to run. Exit code 1: training would fail.""",
     "vgan-data": """vgan-data: inspect a data set, or pack it ahead of time.
 
   vgan-data info data=folder data.path=images sheet=contact.png
@@ -64,33 +61,19 @@ vgan-export to=html writes the same page as files that need no server.""",
 }
 
 # Names that other programs use for a key.
-_FOREIGN = {
-    "class": "label",
-    "classes": "label",
-    "trunc": "truncation",
-    "minutes": "total_kimg",
-    "epochs": "total_kimg",
-    "kimg": "total_kimg",
-    "steps": "total_kimg",
-    "batch": "batch_size",
-    "resolution": "data.resolution",
-    "path": "data.path",
-    "outdir": "run_dir",
-    "lr": "optim.lr_G.start",
-    "workers": "threads",
-    "gpus": "device",
-    "network": "ckpt",
-}
-_CANNOT_PARSE = "cannot be parsed; give KEY=VALUE, quoted where the shell would change it"
+_FOREIGN = dict.fromkeys(("minutes", "epochs", "kimg", "steps"), "total_kimg")
+_FOREIGN |= {"class": "label", "classes": "label", "trunc": "truncation", "batch": "batch_size"}
+_FOREIGN |= {"resolution": "data.resolution", "path": "data.path", "outdir": "run_dir"}
+_FOREIGN |= {"lr": "optim.lr_G.start", "workers": "threads", "gpus": "device", "network": "ckpt"}
 
 
 def help_text(program: str, schema: type) -> str:
     """Return the text of --help: the groups with their options, then every key."""
     lines = [INTROS[program], ""]
-    folders = {TrainConfig: sorted(CONFIG_DIR.iterdir()), DataConfig: [CONFIG_DIR / "data"]}
-    if schema in folders:
+    groups = {TrainConfig: "*", DataConfig: "data"}
+    if schema in groups:
         lines.append("Groups (GROUP=OPTION):")
-        for path in [p for folder in folders[schema] for p in sorted(folder.glob("*.yaml"))]:
+        for path in sorted(CONFIG_DIR.glob(f"{groups[schema]}/*.yaml")):
             lines += _option_lines(path)
         lines.append("")
     lines.append("Keys (KEY=VALUE):")
@@ -127,36 +110,37 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
     text = " ".join(str(c) for c in causes)
     reason = str(causes[-1]).splitlines()[0]
     if override := getattr(e, "override", None):  # set by Hydra's parser
-        return f"{override}: {_CANNOT_PARSE}"
+        return f"{override}: cannot be parsed; give KEY=VALUE, in quotes for the shell"
     if option := re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text):
         return _no_such_option(option[1], option[2])
     if missing := re.search(r"issing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.S):
         name = missing[2] or missing[1]
         return f"{name}: must be given, as {name}=VALUE"
-    for override in sorted(argv, key=lambda word: -len(_name(word))):  # data.size before data
+    if found := re.search(r"In 'data/([^']+)': .*?(?:override|Key) '(\w+)", text, re.S):
+        rule = (
+            f"its file sets {found[2]}, a key of training; move it to defaults_for/{found[1]}.yaml"
+        )
+        return f"data={found[1]}: {rule}"
+    for override in sorted(
+        argv, key=lambda word: word.find("="), reverse=True
+    ):  # data.size before data
         if line := _line_about(override, text, reason, schema):
             return line
     blamed = [f"{word}: " for word in argv if word in text]
     return "".join(blamed[:1]) + reason
 
 
-def _name(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
 def _line_about(override: str, text: str, reason: str, schema: type) -> str | None:
     """Return the line if the exception is about this override, else None."""
-    name = _name(override)
+    name, _, value = override.lstrip("+~").partition("=")
     if "Config group override" in text and (CONFIG_DIR / name).is_dir():
         if schema in (TrainConfig, DataConfig):
-            return _no_such_option(name, override.partition("=")[2])
+            return _no_such_option(name, value)
         return f"{override}: unknown key {name}"
     if name in text and ("not in" in text or "No match in the defaults" in text):
         return f"{override}: unknown key {name}; {_suggestion(name, schema)}"
     if "is not a subclass of Ramp" in text and f"full_key: {name}" in text:
         return f"{override}: has two ends; give {name}.start and {name}.end"
-    if override in text and "Error parsing override" in text:
-        return f"{override}: {_CANNOT_PARSE}"
     if name and f"full_key: {name}" in text:
         return f"{override}: {reason}"
     return None

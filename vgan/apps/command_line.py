@@ -9,6 +9,7 @@ from typing import Any
 import yaml  # comes with omegaconf
 
 from vgan.config import CONFIG_DIR
+from vgan.runtime.nested import flatten
 
 # From overrides of vgan-train to its config, resolved and with its interpolations. Raises
 # ValueError for overrides that do not compose.
@@ -24,16 +25,6 @@ _GROUPS = {
 }
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:@%+-]*")
 _OTHER_TYPES = ("true", "false", "null", "inf", "nan")
-
-
-def flat(node: Any, name: str = "") -> dict[str, Any]:
-    """Return {'a.b': value} of nested dicts. An empty dict is a value."""
-    if not isinstance(node, dict) or not node:
-        return {name: node}
-    values: dict[str, Any] = {}
-    for key, child in node.items():
-        values |= flat(child, f"{name}.{key}" if name else str(key))
-    return values
 
 
 def command(config: dict[str, Any], run_dir: str, compose: Compose) -> str | None:
@@ -60,7 +51,7 @@ def _overrides(config: dict[str, Any], compose: Compose) -> list[str] | None:
         if option != _option(group, defaults):
             overrides.append(f"{group}={option}")
     resolved, written = compose(overrides)
-    known = flat(written)
+    known = flatten(written)
     # Values that interpolate others become right when those are set. The second round sets the
     # ones that do not.
     for set_interpolated in (False, True):
@@ -75,7 +66,7 @@ def _overrides(config: dict[str, Any], compose: Compose) -> list[str] | None:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat(config).items() if name != "run_dir"}
+    return {name: value for name, value in flatten(config).items() if name != "run_dir"}
 
 
 def _option(group: str, config: dict[str, Any]) -> str:

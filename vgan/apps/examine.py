@@ -47,8 +47,10 @@ class Report:
         self._print_wrapped(f"problem: {text}{' [training would stop]' if blocking else ''}")
 
     def _print_wrapped(self, text: str) -> None:
-        keep = {"break_long_words": False, "break_on_hyphens": False}
-        print(textwrap.fill(text, 80, subsequent_indent="  ", **keep), flush=True)
+        wrapped = textwrap.fill(
+            text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        print(wrapped, flush=True)
 
 
 def format_bytes(n: float) -> str:
@@ -62,11 +64,11 @@ def format_bytes(n: float) -> str:
 def examine_machine(report: Report, device: torch.device) -> None:
     """Report versions, processor, device and memory."""
     report.title("machine")
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | int | None] = {"python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "torchvision", "triton")}
-    versions |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
-    known = [f"{name} {version}" for name, version in versions.items() if version != "None"]
-    report.line("versions", ", ".join(known))
+    versions |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+    shown = [f"{name} {version or 'none'}" for name, version in versions.items()]
+    report.line("versions", ", ".join(shown))
     report.line("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     cores, (total, free) = usable_cores(), host_memory_gb()
     threads = f"{cores} cores, torch uses {torch.get_num_threads()}"
@@ -83,11 +85,11 @@ def examine_machine(report: Report, device: torch.device) -> None:
         report.note(f"{busy}; the speeds below are uncertain")
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "None"
+        return None
 
 
 def examine_compiler(report: Report, choice: str, device: torch.device) -> bool:

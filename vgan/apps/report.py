@@ -13,13 +13,14 @@ from markupsafe import Markup
 
 import vgan
 from vgan.apps.charts import Curve, chart
-from vgan.apps.command_line import Compose, command, flat
+from vgan.apps.command_line import Compose, command
 from vgan.apps.evaluations import evaluations
 from vgan.apps.templates import Embedded, asset, digest, embed_png, render
 from vgan.config import ReportConfig
 from vgan.runs.log_reader import RunLog, number, read_run
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
+from vgan.runtime.nested import flatten
 
 MAX_GRIDS = 24  # of one run
 MAX_RUNS = 8  # the number of colours
@@ -182,7 +183,7 @@ def _duration(seconds: float) -> str:
 
 def _differences(logs: Sequence[RunLog]) -> list[tuple[str, list[str | None]]]:
     """Return name and values of the settings that differ, without run_dir; None if absent."""
-    configs = [flat(log.config) for log in logs]
+    configs = [flatten(log.config) for log in logs]
     differences = []
     for name in dict.fromkeys(name for config in configs for name in config):
         values = [json.dumps(c[name], default=str) if name in c else None for c in configs]

@@ -30,7 +30,8 @@ class Batch(NamedTuple):
             return [self]
         size = -(-len(self.real) // count)
         starts = range(0, len(self.real), size)
-        return [Batch(*(x[i : i + size] for x in self)) for i in starts]
+        parts = [slice(i, i + size) for i in starts]
+        return [Batch(self.real[part], self.c[part], self.rng[part]) for part in parts]
 
 
 class Loader:

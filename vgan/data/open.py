@@ -1,4 +1,4 @@
-"""From a `data` config node to the packed data set."""
+"""Open the data set of a `data` config node."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from vgan.runtime.instantiate import construct
 
 
 def build_source(data: Mapping[str, Any]) -> Source:
-    """The pictures of a `data` node, before they are packed."""
+    """Return the source of a `data` node, before it is packed."""
     source = construct({k: v for k, v in data.items() if k not in ("name", "cache_dir")}, "data")
     if not isinstance(source, Source):
         raise UserError(f"data._target_={data['_target_']}: must be a vgan.data.source.Source")
@@ -21,12 +21,12 @@ def build_source(data: Mapping[str, Any]) -> Source:
 
 
 def cache_dir_of(data: Mapping[str, Any]) -> Path:
-    """The folder in which a `data` node's packed pictures are kept."""
+    """Return the folder with the packed images of a `data` node."""
     return Path(data["cache_dir"]).expanduser() if data.get("cache_dir") else default_cache_dir()
 
 
 def build_dataset(data: Mapping[str, Any]) -> Dataset:
-    """The packed data set of a `data` node; packs it into the cache on first use."""
+    """Return the packed data set of a `data` node. Packs it into the cache on first use."""
     source = build_source(data)
     dataset = pack(source, cache_dir_of(data))
     return replace(dataset, stream=source) if isinstance(source, Shards) else dataset

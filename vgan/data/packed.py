@@ -1,4 +1,4 @@
-"""The packed store: whatever the source, one memory-mapped uint8 file with labels and a digest, written once."""
+"""The packed form of any source: a memory-mapped uint8 file with labels and a digest."""
 
 import contextlib
 import errno
@@ -19,12 +19,12 @@ from vgan.data.source import BadImage, Dataset, Source, read_in_order
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError
 
-_ABANDONED_S = 24 * 3600  # a half-packed folder of this age belongs to a process that is gone
-_NAMED = 3  # bad pictures named in a message
+_ABANDONED_S = 24 * 3600  # a partly packed folder of this age is left over from a killed process
+_NAMED = 3  # unreadable images named in a message
 
 
 def default_cache_dir() -> Path:
-    """VGAN_CACHE if set, else the platform's usual place for what can be made again."""
+    """Return VGAN_CACHE if set, else the cache folder of the platform."""
     if chosen := os.environ.get("VGAN_CACHE"):
         return Path(chosen).expanduser()
     if platform.system() == "Windows":
@@ -35,30 +35,28 @@ def default_cache_dir() -> Path:
 
 
 def pack(source: Source, cache_dir: Path) -> Dataset:
-    """The packed form of `source`, made on first use with a progress bar and only opened later.
+    """Return the packed form of `source`. Packs it on first use, with a progress bar.
 
-    Every process packs into a temporary folder of its own and renames it at the end, so that two at once cannot disturb
-    each other (the slower one drops its copy) and a killed one leaves nothing that looks finished. Raises UserError
-    for fewer than two pictures, for unreadable ones unless source.skip_bad, and where the cache cannot be written.
+    Every process packs into a temporary folder of its own and renames it at the end. Of two at once
+    the slower one drops its copy, and a killed one leaves nothing that looks complete. Raises
+    UserError for fewer than two images, for unreadable ones unless source.skip_bad, and if the
+    cache cannot be written.
     """
     final = cache_dir / f"{source.name}-{source.fingerprint()[:16]}"
     if not (final / "meta.json").is_file():
         if len(source) < 2:
             raise UserError(
-                f"data: {source.name} holds {len(source)} picture(s), training needs at least 2; give more pictures"
+                f"data: {source.name} has {len(source)} image(s), training needs at least 2; "
+                "give more images"
             )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # of Pillow, about damaged files; those that cannot be read are named
+                warnings.simplefilter("ignore")  # of Pillow, about damaged files
                 _pack_into(source, final)
         except OSError as e:
-            fix = (
-                "free space"
-                if e.errno == errno.ENOSPC
-                else "set data.cache_dir to a folder that can be written"
-            )
+            fix = "set data.cache_dir to a folder that can be written"
+            if e.errno == errno.ENOSPC:
+                fix = "free space"
             raise UserError(
                 f"data.cache_dir={cache_dir}: cannot be written ({e.strerror or e}); {fix}"
             ) from e
@@ -70,22 +68,20 @@ def _open(folder: Path) -> Dataset:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
-        if not (
-            len(images) == len(labels) == meta["count"]
-            and images.dtype == np.uint8
-            and images.ndim == 4
-        ):
+        same_count = len(images) == len(labels) == meta["count"]
+        if not same_count or images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError("counts differ")
         return Dataset(meta["name"], images, labels, tuple(meta["label_names"]), meta["digest"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as e:
-        raise UserError(f"{folder}: damaged cache; delete this folder and it is packed anew") from e
+        raise UserError(f"{folder}: damaged cache; delete this folder to pack it again") from e
 
 
 def _pack_into(source: Source, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     _clean_abandoned(final.parent)
     size, channels = source.img_resolution, source.img_channels
-    needed, free = len(source) * (size * size * channels + 8), shutil.disk_usage(final.parent).free
+    needed = len(source) * (size * size * channels + 8)
+    free = shutil.disk_usage(final.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     work = Path(tempfile.mkdtemp(prefix=".packing-", dir=final.parent))
@@ -104,16 +100,16 @@ def _pack_into(source: Source, final: Path) -> None:
                 digest.update(content)
                 f.write(content)
                 labels.append(label)
-            _judge_bad(source, bad, len(labels))
+            _report_bad(source, bad, len(labels))
             f.seek(0)
-            _write_header(f, source, len(labels))  # in place: numpy leaves room for any count
+            _write_header(f, source, len(labels))  # in place: numpy pads the header for any count
             f.flush()
             os.fsync(f.fileno())
         _finish(work, source, digest, labels)
         try:
             os.rename(work, final)
         except OSError:
-            if not (final / "meta.json").is_file():  # not because another process was quicker
+            if not (final / "meta.json").is_file():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -121,13 +117,12 @@ def _pack_into(source: Source, final: Path) -> None:
 
 def _write_header(f: BinaryIO, source: Source, count: int) -> None:
     shape = (count, source.img_resolution, source.img_resolution, source.img_channels)
-    np.lib.format.write_array_header_1_0(
-        f, {"descr": "|u1", "fortran_order": False, "shape": shape}
-    )
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, header)
 
 
 def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[int]) -> None:
-    """Write labels.npy and, last, meta.json: where it is, the folder is whole."""
+    """Write labels.npy and then meta.json, which marks the folder as complete."""
     array = np.array(labels, dtype=np.int64)
     digest.update(array.tobytes())
     np.save(work / "labels.npy", array)
@@ -140,29 +135,30 @@ def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[in
     (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _judge_bad(source: Source, bad: list[str], good: int) -> None:
+def _report_bad(source: Source, bad: list[str], good: int) -> None:
+    """Print the unreadable images, or raise UserError for them."""
     if not bad:
         return
-    named = "; ".join(bad[:_NAMED]) + (
-        f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-    )
+    named = "; ".join(bad[:_NAMED])
+    if len(bad) > _NAMED:
+        named += f"; and {len(bad) - _NAMED} more"
     if not source.skip_bad:
         raise UserError(
-            f"data: {len(bad)} unreadable picture(s): {named}; mend or remove them, or set data.skip_bad=true"
+            f"data: {len(bad)} unreadable image(s): {named}; repair or remove them, "
+            "or set data.skip_bad=true"
         )
     if good < 2:
         raise UserError(
-            f"data: only {good} readable picture(s), training needs at least 2; unreadable: {named}"
+            f"data: only {good} readable image(s), training needs at least 2; unreadable: {named}"
         )
-    print0(f"data: left out {len(bad)} unreadable picture(s): {named}")
+    print0(f"data: skipped {len(bad)} unreadable image(s): {named}")
 
 
 def _clean_abandoned(cache_dir: Path) -> None:
-    """Remove what killed processes left half-packed."""
+    """Remove the partly packed folders of killed processes."""
     for folder in cache_dir.glob(".packing-*"):
         with contextlib.suppress(OSError):
-            newest = max(
-                (p.stat().st_mtime for p in folder.iterdir()), default=folder.stat().st_mtime
-            )
+            times = [p.stat().st_mtime for p in folder.iterdir()]
+            newest = max(times, default=folder.stat().st_mtime)
             if time.time() - newest > _ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)

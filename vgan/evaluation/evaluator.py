@@ -168,10 +168,7 @@ class Evaluator:
         images = None
         if "fid" in self._metrics:
             fake = moments(features)
-            real = Moments(
-                reals.moments.mean.to(fake.mean), reals.moments.cov.to(fake.cov), reals.moments.n
-            )
-            values["fid"] = frechet_distance(fake, real)
+            values["fid"] = frechet_distance(fake, reals.moments.to(fake.mean.device))
         if "kid" in self._metrics:
             values |= _with_interval("kid", kernel_distance(features, rows))
         if "is" in self._metrics:

@@ -1,13 +1,13 @@
-"""What pictures are compared by: networks that turn them into features.
+"""Feature networks, by which images are compared.
 
-An extractor is called with uint8 (N, C, H, W) on its device and returns features (N, d) and a
-classifier's logits (N, classes), or None where it has none; `protocol` says all that makes its
-numbers what they are. Any class of this shape can be named by `features._target_`.
+An extractor is called with uint8 images (N, C, H, W) on its device. It returns features (N, d) and
+the logits (N, classes) of a classifier, or None if it has none. Its `protocol` names everything
+that its values depend on. Any such class can be used as `features._target_`.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,13 +28,13 @@ from vgan.runtime.images import to_float
 from vgan.runtime.instantiate import construct
 from vgan.runtime.rng import Streams
 
-# sha256 of torch-fidelity's file of the weights that FID was defined with (2015-12-05, from TensorFlow), first 8 digits
+# First 8 digits of the SHA-256 of torch-fidelity's file of the weights that define FID.
 INCEPTION_SHA256 = "6726825d"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Extractor(Protocol):
-    """What evaluation needs of a feature network."""
+    """The interface of a feature network."""
 
     protocol: str
 
@@ -44,12 +44,13 @@ class Extractor(Protocol):
 
 
 class Inception(nn.Module):
-    """The network that defines FID, KID and IS, through torch-fidelity: 2048 features and 1008 logits.
+    """The network that defines FID, KID and IS, from torch-fidelity: 2048 features and 1008 logits.
 
-    Pictures of any size are resized to 299 px as TensorFlow did; grey ones are shown in all three
-    channels. weights: a file of torch-fidelity's weights for machines without a network; None
-    downloads it once into torch's cache. Raises UserError where torch-fidelity or the weights
-    cannot be had, or where the file is another.
+    Images of any size are resized to 299 px as in TensorFlow 1. Grey images are repeated in three
+    channels. weights: a file of torch-fidelity's weights, for machines without a network; None
+    downloads it once into torch's cache.
+
+    Raises UserError if torch-fidelity or the weights are missing, or the file is a different one.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -60,20 +61,18 @@ class Inception(nn.Module):
                 FeatureExtractorInceptionV3,
             )
         except ModuleNotFoundError as e:
-            raise UserError(
-                "features=inception: needs torch-fidelity; pip install vgan[eval], or use features=learned"
-            ) from e
+            fix = "pip install vgan[eval], or use features=learned"
+            raise UserError(f"features=inception: needs torch-fidelity; {fix}") from e
         path = Path(weights).expanduser() if weights else _download(URL_INCEPTION_V3)
-        digest = _sha256(path)
-        if not digest.startswith(INCEPTION_SHA256):
-            raise UserError(
-                f"features.weights={path}: not the Inception weights of FID (sha256 {digest[:8]}, not {INCEPTION_SHA256}); "
-                f"use torch-fidelity's {_INCEPTION_FILE}"
-            )
-        self.network = FeatureExtractorInceptionV3(
-            "inception", ["2048", "logits_unbiased"], str(path)
-        )
-        self.protocol = f"inception-2015-12-05 sha256 {digest[:8]}, 2048 features, resized to 299 px as in TensorFlow 1"
+        digest = _sha256_of_file(path)[:8]
+        if digest != INCEPTION_SHA256:
+            problem = f"not the Inception weights of FID (sha256 {digest}, not {INCEPTION_SHA256})"
+            fix = f"use torch-fidelity's {_INCEPTION_FILE}"
+            raise UserError(f"features.weights={path}: {problem}; {fix}")
+        layers = ["2048", "logits_unbiased"]
+        self.network = FeatureExtractorInceptionV3("inception", layers, str(path))
+        resized = "2048 features, resized to 299 px as in TensorFlow 1"
+        self.protocol = f"inception-2015-12-05 sha256 {digest}, {resized}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         features, logits = self.network(images.expand(-1, 3, -1, -1))
@@ -86,40 +85,42 @@ def _download(url: str) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256)
-        except (OSError, RuntimeError) as e:  # no network; a wrong digest
-            raise UserError(
-                f"features=inception: {url} cannot be had ({str(e).splitlines()[0]}); "
-                "give the file as features.weights=PATH, or use features=learned"
-            ) from e
+        except (OSError, RuntimeError) as e:  # no network, or another digest
+            reason = str(e).splitlines()[0]
+            fix = "give the file as features.weights=PATH, or use features=learned"
+            raise UserError(f"features=inception: {url} cannot be had ({reason}); {fix}") from e
     return path
 
 
-def _sha256(path: Path) -> str:
+def _sha256_of_file(path: Path) -> str:
     try:
-        return _digest(path.read_bytes())
+        return sha256(path.read_bytes())
     except OSError as e:
+        problem = f"cannot be read ({e.strerror})"
         raise UserError(
-            f"features.weights={path}: cannot be read ({e.strerror}); give the path of {_INCEPTION_FILE}"
+            f"features.weights={path}: {problem}; give the path of {_INCEPTION_FILE}"
         ) from e
 
 
-def _digest(content: bytes) -> str:
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 class ClassifierFeatures(nn.Module):
-    """A small classifier trained on the data set itself: features where no pretrained network can be had, and for watching a run.
+    """Features of a small classifier trained on the data set itself.
 
-    It learns the classes where there are any, else by how many quarter turns a picture was rotated
-    (Gidaris et al. 2018). The features are the means of every stage's maps, since a classifier's
-    last stage forgets what its classes do not depend on, such as colours; they are whitened by the
-    reals, so that no direction drowns the others: real features have mean 0 and variance 1. What
-    was learned is kept in the cache folder under the data's digest, since another machine would
-    learn slightly other weights: numbers compare only under the same digest in `protocol`, and with
-    no published FID.
+    They need no pretrained network and suit comparisons within a project. The classifier learns the
+    classes, or without any the quarter turns of rotated images (Gidaris et al. 2018). The features
+    are the mean feature maps of every stage, because the last stage of a classifier loses what its
+    classes do not depend on, such as colours. They are whitened by the reals, so that no direction
+    dominates: real features have mean 0 and variance 1.
 
-    train_kimg: thousands of pictures it sees, in batches of 64. widths: channels at 4, 8, 16, ...
-    px, as for the generator.
+    The classifier is cached under the digest of the data. Another machine would learn slightly
+    different weights: values are comparable only under the same digest in `protocol`, and never
+    with a published FID.
+
+    train_kimg: thousands of training images, in batches of 64. widths: channels at 4, 8, ... px.
     """
 
     BATCH = 64
@@ -132,40 +133,41 @@ class ClassifierFeatures(nn.Module):
         super().__init__()
         self.train_kimg, self.widths = train_kimg, tuple(widths)
         self.protocol = "learned, untrained"
-        self.accuracy = (
-            math.nan
-        )  # on the last tenth of the pictures that it was trained on, before it learned from them
+        self.accuracy = math.nan  # in the last tenth of the training, before each update
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         features = self._features(to_float(images))
         return (features - self.mean) @ self.whiten, self.head(features)
 
     def _features(self, x: Tensor) -> Tensor:
-        """float (N, C, H, W) in [-1, 1] -> (N, sum of the widths)."""
-        x, pooled = self.stem(x.contiguous(memory_format=torch.channels_last)), []
-        for stage, narrow in zip(self.stages, self.transitions):
+        """Compute (N, sum of the widths) from images (N, C, H, W) in [-1, 1]."""
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        pooled = []
+        for stage, transition in zip(self.stages, self.transitions):
             x = stage(x)
             pooled.append(F.leaky_relu(x, 0.2).mean((2, 3)))
-            x = narrow(x)
+            x = transition(x)
         return torch.cat(pooled, 1)
 
     def prepare(self, dataset: Dataset, device: torch.device, cache_dir: Path) -> None:
-        """Read what was learned about this data before, or learn it now. Leaves the global random state alone."""
+        """Load the classifier of this data from the cache, or train it. Keeps the global RNG."""
         self._build(dataset)
         self.to(device)
-        about = f"{dataset.digest} {self.train_kimg:g} {self.widths} 1"  # the last: this algorithm
-        path = cache_dir / f"features-{_digest(about.encode())[:16]}.pt"
-        kept = load_cached(path, "network", "accuracy")
-        if kept:
-            self.load_state_dict(kept[0])
-            self.accuracy = float(kept[1])
+        version = 1  # of the training algorithm
+        key = f"{dataset.digest} {self.train_kimg:g} {self.widths} {version}"
+        path = cache_dir / f"features-{sha256(key.encode())[:16]}.pt"
+        cached = load_cached(path, "network", "accuracy")
+        if cached:
+            self.load_state_dict(cached[0])
+            self.accuracy = float(cached[1])
         else:
-            self._learn(dataset, device)
-            self._whiten(dataset, device)
+            self._train_classifier(dataset, device)
+            self._fit_whitening(dataset, device)
             save_cached(path, {"network": self.state_dict(), "accuracy": self.accuracy})
         content = b"".join(v.cpu().numpy().tobytes() for v in self.state_dict().values())
-        what = "classes" if dataset.label_dim else "quarter turns"
-        self.protocol = f"learned from the data's {what}, {len(self.mean)} whitened features, digest {_digest(content)[:8]}"
+        task = "classes" if dataset.label_dim else "quarter turns"
+        size = f"{len(self.mean)} whitened features, digest {sha256(content)[:8]}"
+        self.protocol = f"learned from the data's {task}, {size}"
         self.requires_grad_(False).eval()
 
     def _build(self, dataset: Dataset) -> None:
@@ -176,85 +178,84 @@ class ClassifierFeatures(nn.Module):
             stem = nn.Conv2d(4 * dataset.img_channels, widths[0], 3, padding=1)
             self.stem = nn.Sequential(nn.PixelUnshuffle(2), init_conv(stem, gain=1))
             self.stages = nn.ModuleList(ResidualBlock(w, "separable", 2, count) for w in widths)
-            narrow = (
-                nn.Sequential(nn.AvgPool2d(2), init_conv(nn.Conv2d(a, b, 1), gain=1))
-                for a, b in pairwise(widths)
-            )
-            self.transitions = nn.ModuleList([*narrow, nn.Identity()])
+            self.transitions = nn.ModuleList()
+            for width, next_width in pairwise(widths):
+                conv = init_conv(nn.Conv2d(width, next_width, 1), gain=1)
+                self.transitions.append(nn.Sequential(nn.AvgPool2d(2), conv))
+            self.transitions.append(nn.Identity())
             self.head = nn.Linear(sum(widths), dataset.label_dim or 4)
         self.register_buffer("mean", torch.zeros(sum(widths)))
         self.register_buffer("whiten", torch.eye(sum(widths)))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _learn(self, dataset: Dataset, device: torch.device) -> None:
-        augment, steps = (
-            Augment(["flip", "translation"]),
-            max(1, round(self.train_kimg * 1000 / self.BATCH)),
-        )
-        print0(
-            f"features=learned: training a classifier on {steps * self.BATCH:,} pictures, once for this data"
-        )
+    def _train_classifier(self, dataset: Dataset, device: torch.device) -> None:
+        augment = Augment(["flip", "translation"])
+        steps = max(1, round(self.train_kimg * 1000 / self.BATCH))
+        shown = f"{steps * self.BATCH:,} images, once for this data"
+        print0(f"features=learned: training a classifier on {shown}")
         optimizer = torch.optim.AdamW(self.parameters(), betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-        feed, right = Loader(dataset, self.BATCH, 0, device), []
-        try:
-            for step in range(steps):
-                images, c = feed.batch(step * self.BATCH)
-                streams = Streams(0, step * self.BATCH, self.BATCH, device)
-                images, target = (
-                    augment(images, 1.0, streams, "features"),
-                    c.argmax(1) if dataset.label_dim else None,
-                )
-                if target is None:
-                    images, target = _quarter_turns(images, streams)
-                logits = self.head(self._features(images))
-                optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(logits, target).backward()
-                optimizer.step()
-                schedule.step()
-                if step >= min(0.9 * steps, steps - 1):
-                    right.append((logits.argmax(1) == target).float().mean())
-        finally:
-            feed.close()
-        self.accuracy = float(torch.stack(right).mean()) if right else math.nan
-        print0(f"features=learned: {self.accuracy:.1%} right")
+        correct = []
+        for step, (images, c) in enumerate(self._batches(dataset, device, steps)):
+            streams = Streams(0, step * self.BATCH, self.BATCH, device)
+            images = augment(images, 1.0, streams, "features")
+            if dataset.label_dim:
+                target = c.argmax(1)
+            else:
+                images, target = quarter_turns(images, streams.uniform("turns", 1)[:, 0])
+            logits = self.head(self._features(images))
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits, target).backward()
+            optimizer.step()
+            schedule.step()
+            if step >= min(0.9 * steps, steps - 1):
+                correct.append((logits.argmax(1) == target).float().mean())
+        self.accuracy = float(torch.stack(correct).mean())
+        print0(f"features=learned: accuracy {self.accuracy:.1%}")
 
     @torch.no_grad()
-    def _whiten(self, dataset: Dataset, device: torch.device) -> None:
-        """Mean 0 and covariance I of the reals, but for directions of a thousandth of the mean variance, taken as noise."""
-        feed, rows = Loader(dataset, self.BATCH, 0, device), []
-        try:
-            for i in range(0, min(len(dataset), 10_000), self.BATCH):
-                rows.append(self._features(feed.batch(i)[0]).double().cpu())
-        finally:
-            feed.close()
-        fit = moments(torch.cat(rows))
+    def _fit_whitening(self, dataset: Dataset, device: torch.device) -> None:
+        """Give the reals mean 0 and covariance I.
+
+        Directions of less than a thousandth of the mean variance are taken as noise.
+        """
+        batches = self._batches(dataset, device, math.ceil(min(len(dataset), 10_000) / self.BATCH))
+        fit = moments(torch.cat([self._features(images).double().cpu() for images, _ in batches]))
         values, vectors = torch.linalg.eigh(fit.cov)
         scale = (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt()
         self.mean.copy_(fit.mean)
         self.whiten.copy_((vectors * scale) @ vectors.T)
 
+    def _batches(
+        self, dataset: Dataset, device: torch.device, count: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = Loader(dataset, self.BATCH, 0, device)
+        try:
+            for i in range(count):
+                batch = loader.batch(i * self.BATCH)
+                yield batch[0], batch[1]
+        finally:
+            loader.close()
 
-def _quarter_turns(images: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
-    """Each picture turned by 0 to 3 right angles, and how many."""
-    turns = (streams.uniform("turns", 1)[:, 0] * 4).long()
+
+def quarter_turns(images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each image by 0 to 3 right angles, by u (N,) in [0, 1). Returns images and turns."""
+    turns = (u * 4).long()
     turned = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])
     return turned[turns, torch.arange(len(images), device=images.device)], turns
 
 
 def build_features(
     node: Mapping[str, Any], dataset: Dataset, device: torch.device, cache_dir: Path
-) -> Any:
-    """The feature network of a `features` node, on the device; one that learns from the data does so here."""
+) -> Extractor:
+    """Build the feature network of a config node on the device. Train it if it needs the data."""
     if not node.get("_target_"):
-        raise UserError(
-            "features=auto: is for vgan-eval; use features=inception or features=learned"
-        )
+        fix = "use features=inception or features=learned"
+        raise UserError(f"features=auto: is for vgan-eval; {fix}")
     extractor = construct(node, "features")
     if not (hasattr(extractor, "protocol") and callable(extractor) and hasattr(extractor, "to")):
-        raise UserError(
-            f"features._target_={node['_target_']}: needs `protocol`, `to(device)` and to be callable with pictures"
-        )
+        rule = "needs `protocol`, `to(device)` and to be callable with images"
+        raise UserError(f"features._target_={node['_target_']}: {rule}")
     extractor = extractor.to(device)
     if hasattr(extractor, "prepare"):
         extractor.prepare(dataset, device, cache_dir)

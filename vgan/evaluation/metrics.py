@@ -1,7 +1,7 @@
-"""Distances between sets of pictures, worked out from features (N, d) on whatever device these are.
+"""Metrics of sets of images, computed from features (N, d) or logits on any device.
 
-Pure functions of features and logits: what made these, and of which pictures, is the caller's
-business, and belongs to the protocol that makes two results comparable (`vgan/evaluate.py`).
+The functions know nothing of images and feature networks. Those belong to the protocol that makes
+two results comparable; see `vgan.evaluation.evaluator`.
 """
 
 import math
@@ -12,38 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 2048  # of a matrix of distances that are held at once
+_ROWS = 2048  # of a distance matrix that are in memory at once
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (d,) and covariance (d, d) in float64 of n features."""
+    """Mean (d,) and covariance (d, d) of n features, in float64."""
 
     mean: Tensor
     cov: Tensor
     n: int
 
+    def to(self, device: torch.device) -> "Moments":
+        """Return the moments on a device."""
+        return Moments(self.mean.to(device), self.cov.to(device), self.n)
+
 
 class Interval(NamedTuple):
-    """A value, and how far the truth may lie from it either way, with 95 % confidence."""
+    """A value and the half width of its 95 % confidence interval."""
 
     value: float
     half_width: float
 
 
 def moments(features: Tensor) -> Moments:
-    """The Gaussian fit of features (N, d), N >= 2; the covariance divides by N - 1."""
-    x = features.double() if features.device.type != "mps" else features.cpu().double()
+    """Fit a Gaussian to features (N, d), N >= 2. The covariance is divided by N - 1."""
+    if features.device.type == "mps":  # has no float64
+        features = features.cpu()
+    x = features.double()
     mean = x.mean(0)
     x = x - mean
     return Moments(mean, x.T @ x / (len(x) - 1), len(x))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the FID, where the features are Inception's (Heusel et al. 2017).
+    """Return |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    Biased upwards by small sets: compare equal counts only. The root's trace is that of the
-    symmetric C_a^(1/2) C_b C_a^(1/2), which stays real where covariances are singular.
+    With Inception features it is the FID (Heusel et al. 2017). Small sets bias it upwards: compare
+    only equal counts. The trace of the root is computed from the symmetric C_a^(1/2) C_b C_a^(1/2),
+    whose root stays real for singular covariances.
     """
     values, vectors = torch.linalg.eigh(a.cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -52,19 +59,24 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def kernel_distance(fake: Tensor, real: Tensor, block: int = 1000) -> Interval:
-    """Unbiased MMD^2 with the kernel (x.y / d + 1)^3: the KID, where the features are Inception's (Binkowski et al. 2018).
+    """Return the unbiased MMD^2 with the kernel (x.y / d + 1)^3.
 
-    The mean over disjoint blocks of `block` features of each set, which are independent, so that
-    their spread gives an honest confidence interval (infinite where there is one block only). May
-    be slightly negative for equal distributions.
+    With Inception features it is the KID (Binkowski et al. 2018). It is the mean over disjoint
+    blocks of `block` features of each set. These are independent, so that the confidence interval
+    follows from their spread; it is infinite for a single block. The value may be slightly negative
+    for equal distributions.
     """
     block = min(block, len(fake), len(real))
     count = min(len(fake), len(real)) // block
-    values = torch.stack(
-        [_mmd2(fake[i * block :][:block], real[i * block :][:block]) for i in range(count)]
-    )
-    spread = 1.96 * float(values.std()) / math.sqrt(count) if count > 1 else math.inf
-    return Interval(float(values.mean()), spread)
+    pairs = list(zip(fake.split(block), real.split(block)))[:count]
+    return _mean_of(torch.stack([_mmd2(x, y) for x, y in pairs]))
+
+
+def _mean_of(values: Tensor) -> Interval:
+    """Return the mean of independent values (n,)."""
+    n = len(values)
+    half_width = 1.96 * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
+    return Interval(float(values.mean()), half_width)
 
 
 def _mmd2(x: Tensor, y: Tensor) -> Tensor:
@@ -79,55 +91,55 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> Interval:
-    """exp E KL(p(y|x) || p(y)) of a classifier's logits (N, classes): mean over `splits` parts (Salimans et al. 2016).
+    """Return exp E KL(p(y|x) || p(y)) of logits (N, classes), as the mean over `splits` parts.
 
-    The interval is of the mean over the parts; papers print the parts' standard deviation.
+    Source: Salimans et al. 2016. The interval is that of the mean; papers give the standard
+    deviation of the parts.
     """
-    p = logits.double().log_softmax(1)
-    parts = [part for part in p.tensor_split(splits) if len(part)]
-    scores = torch.stack(
-        [((q := part.exp()) * (part - q.mean(0).log())).sum(1).mean().exp() for part in parts]
-    )
-    return Interval(
-        float(scores.mean()),
-        1.96 * float(scores.std()) / math.sqrt(len(parts)) if len(parts) > 1 else math.inf,
-    )
+    scores = []
+    for log_p in logits.double().log_softmax(1).tensor_split(splits):
+        if len(log_p):
+            p = log_p.exp()
+            divergence = (p * (log_p - p.mean(0).log())).sum(1)
+            scores.append(divergence.mean().exp())
+    return _mean_of(torch.stack(scores))
 
 
 def precision_recall(fake: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """The share of fakes that lie among the reals, and of reals among the fakes (Kynkaanniemi et al. 2019).
+    """Return the share of fakes that lie among the reals, and of reals that lie among the fakes.
 
-    A point lies among a set if it is no further from one of its points than that point's k-th
-    neighbour in the set.
+    A point lies among a set if it is at least as close to one of its points as the k-th neighbour
+    of that point in the set (Kynkaanniemi et al. 2019).
     """
     return _covered(fake, real, neighbours), _covered(real, fake, neighbours)
 
 
 def _covered(points: Tensor, manifold: Tensor, neighbours: int) -> float:
-    radius = torch.cat(
-        [
-            torch.cdist(rows, manifold).kthvalue(neighbours + 1).values
-            for rows in manifold.split(_ROWS)
-        ]
-    )
-    inside = [(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(_ROWS)]
+    radii, inside = [], []
+    for rows in manifold.split(_ROWS):
+        radii.append(torch.cdist(rows, manifold).kthvalue(neighbours + 1).values)
+    radius = torch.cat(radii)
+    for rows in points.split(_ROWS):
+        inside.append((torch.cdist(rows, manifold) <= radius).any(1))
     return float(torch.cat(inside).float().mean())
 
 
 def nearest(features: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (N, count) of each feature (N, d) to its nearest in `among` (M, d), and which these are (N, count)."""
+    """Return cosine similarity and index (N, count) of the nearest of (M, d) to each of (N, d)."""
     unit = F.normalize(among.float(), dim=1)
-    parts = [
-        (F.normalize(rows.float(), dim=1) @ unit.T).topk(count) for rows in features.split(_ROWS)
-    ]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+    similarities, indices = [], []
+    for rows in features.split(_ROWS):
+        best = (F.normalize(rows.float(), dim=1) @ unit.T).topk(count)
+        similarities.append(best.values)
+        indices.append(best.indices)
+    return torch.cat(similarities), torch.cat(indices)
 
 
 def mean_pairwise_distance(features: Tensor) -> float:
-    """The mean Euclidean distance between two of N >= 2 features (N, d): how varied they are."""
+    """Return the mean Euclidean distance between two of N >= 2 features (N, d)."""
     n = len(features)
-    total = sum(
-        float(torch.cdist(rows.float(), features.float()).sum(dtype=torch.float64))
-        for rows in features.split(_ROWS)
-    )
+    total = 0.0
+    for rows in features.split(_ROWS):
+        distances = torch.cdist(rows.float(), features.float())
+        total += float(distances.sum(dtype=torch.float64))
     return total / (n * (n - 1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from vgan.models.discriminator import Discriminator
-from vgan.models.generator import GatedSelfAttention, GeneratorBase
-from vgan.models.layers import AdaptiveAttention2d
+from vgan.models.attention import AdaptiveAttention2d, GatedSelfAttention
+from vgan.models.discriminator import DiscriminatorBase
+from vgan.models.generator import GeneratorBase
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
 from vgan.runtime.images import enlarge, to_float, to_uint8
@@ -103,10 +104,13 @@ def finest_attention(G: GeneratorBase) -> tuple[nn.Module, tuple[int, int, int]]
 
 
 @torch.no_grad()
-def patch_logits(D: Discriminator, images: Tensor, c: Tensor, precision: str = "fp32") -> Tensor:
+def patch_logits(
+    D: DiscriminatorBase, images: Tensor, c: Tensor, precision: str = "fp32"
+) -> Tensor:
     """Return the logit (N, h, w) of each patch of uint8 images (N, C, H, W), low for fakes."""
+    logit_map: Any = D.logit_map  # optional for discriminators
     with autocast(images.device, precision):
-        return D.logit_map(to_float(images), c).float().cpu()
+        return logit_map(to_float(images), c).float().cpu()
 
 
 def attention_grid(

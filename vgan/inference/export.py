@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from vgan.config import ExportConfig
 from vgan.inference.attention_maps import finest_attention
-from vgan.inference.latents import latents
+from vgan.inference.latents import FromLatent, FromNumbers, Latents, latents
 from vgan.inference.load import metadata, restore_generator, save_safetensors
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
-from vgan.runtime.rng import normal
 
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torchscript": ".ts", "pt2": ".pt2"}
 ENDINGS["checkpoint"] = ".safetensors"
@@ -33,61 +32,6 @@ Runner = Callable[[Inputs], np.ndarray]
 Exported = tuple[bytes, Runner]  # the file, and a function that computes images with it
 
 
-class FromLatent(nn.Module):
-    """A generator from z (N, z_dim) and, with classes, c (N, label_dim) to images (N, C, H, W).
-
-    With an attention layer, the second output is its attention (N, heads, h w, h w).
-    """
-
-    def __init__(self, G: GeneratorBase, attention: nn.Module | None = None) -> None:
-        super().__init__()
-        self.G = G
-        self._weights: list[Tensor] = []
-        self._hook = attention.register_forward_hook(self._record) if attention else None
-
-    def _record(self, layer: Any, args: tuple[Tensor], _: Tensor) -> None:
-        self._weights.append(layer.attention.weights(args[0]))
-
-    def forward(self, z: Tensor, c: Tensor | None = None) -> Any:
-        images = self.G(z, c if c is not None else z.new_zeros(z.shape[0], 0))
-        return (images, self._weights.pop()) if self._hook else images
-
-    def close(self) -> None:
-        """Remove the hook from the generator."""
-        if self._hook:
-            self._hook.remove()
-
-
-class Latents(nn.Module):
-    """The latents z (N, z_dim) of image numbers (N,) int64 of a seed, as vgan-sample draws them."""
-
-    def __init__(self, z_dim: int, seed: int) -> None:
-        super().__init__()
-        self.z_dim, self.seed = z_dim, seed
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        return normal(self.seed, "sample", numbers, self.z_dim)
-
-
-class FromNumbers(nn.Module):
-    """A generator from image numbers (N,) int64 and, with classes, labels (N,) int64.
-
-    The images are those of vgan-sample seeds=NUMBERS.
-    """
-
-    def __init__(self, G: GeneratorBase, seed: int) -> None:
-        super().__init__()
-        self.G, self.label_dim = G, G.label_dim
-        self.latents = Latents(G.z_dim, seed)
-
-    def forward(self, numbers: Tensor, labels: Tensor | None = None) -> Tensor:
-        z = self.latents(numbers)
-        if labels is None:
-            return self.G(z, z.new_zeros(z.shape[0], 0))
-        classes = torch.arange(self.label_dim, device=labels.device)
-        return self.G(z, (labels[:, None] == classes).float())  # every exporter supports ==
-
-
 def export(cfg: ExportConfig) -> Path:
     """Write a generator, or its checkpoint in the newest format. Returns the path written.
 
@@ -96,6 +40,7 @@ def export(cfg: ExportConfig) -> Path:
     path = checkpoint.find(cfg.ckpt)
     out = _check_out(cfg, path)
     if cfg.to == "checkpoint":
+        out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.convert(path, out)
         print(f"{out}  {out.stat().st_size / 1e6:,.1f} MB, checkpoint format {checkpoint.FORMAT}")
         return out

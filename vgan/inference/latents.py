@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgan.models.generator import GeneratorBase
 from vgan.runtime.device import autocast
@@ -80,6 +81,61 @@ def to_host(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     if waiting:
         waiting[1].synchronize()
         yield waiting[0]
+
+
+class FromLatent(nn.Module):
+    """A generator from z (N, z_dim) and, with classes, c (N, label_dim) to images (N, C, H, W).
+
+    With an attention layer, the second output is its attention (N, heads, h w, h w).
+    """
+
+    def __init__(self, G: GeneratorBase, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.G = G
+        self._weights: list[Tensor] = []
+        self._hook = attention.register_forward_hook(self._record) if attention else None
+
+    def _record(self, layer: Any, args: tuple[Tensor], _: Tensor) -> None:
+        self._weights.append(layer.attention.weights(args[0]))
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Any:
+        images = self.G(z, c if c is not None else z.new_zeros(z.shape[0], 0))
+        return (images, self._weights.pop()) if self._hook else images
+
+    def close(self) -> None:
+        """Remove the hook from the generator."""
+        if self._hook:
+            self._hook.remove()
+
+
+class Latents(nn.Module):
+    """The latents z (N, z_dim) of image numbers (N,) int64 of a seed, as vgan-sample draws them."""
+
+    def __init__(self, z_dim: int, seed: int) -> None:
+        super().__init__()
+        self.z_dim, self.seed = z_dim, seed
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return normal(self.seed, "sample", numbers, self.z_dim)
+
+
+class FromNumbers(nn.Module):
+    """A generator from image numbers (N,) int64 and, with classes, labels (N,) int64.
+
+    The images are those of vgan-sample seeds=NUMBERS.
+    """
+
+    def __init__(self, G: GeneratorBase, seed: int) -> None:
+        super().__init__()
+        self.G, self.label_dim = G, G.label_dim
+        self.latents = Latents(G.z_dim, seed)
+
+    def forward(self, numbers: Tensor, labels: Tensor | None = None) -> Tensor:
+        z = self.latents(numbers)
+        if labels is None:
+            return self.G(z, z.new_zeros(z.shape[0], 0))
+        classes = torch.arange(self.label_dim, device=labels.device)
+        return self.G(z, (labels[:, None] == classes).float())  # every exporter supports ==
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import vgan
-from vgan.models.discriminator import Discriminator
+from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runs.log_reader import read_metrics
@@ -39,7 +39,7 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
     return restore_generator(state, pick_device(device))
 
 
-def load_discriminator(ckpt: str | Path, device: str = "auto") -> Discriminator:
+def load_discriminator(ckpt: str | Path, device: str = "auto") -> DiscriminatorBase:
     """Return the discriminator of a checkpoint or of a run folder's newest checkpoint.
 
     D(x (N, C, H, W) in [-1, 1], c (N, label_dim) one-hot) -> logits (N, 1, h, w). Raises UserError
@@ -58,9 +58,9 @@ def restore_generator(state: Mapping[str, Any], device: torch.device) -> Generat
     return G.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def restore_discriminator(state: Mapping[str, Any], device: torch.device) -> Discriminator:
+def restore_discriminator(state: Mapping[str, Any], device: torch.device) -> DiscriminatorBase:
     """Build the discriminator of a checkpoint's state. Nothing in the state is trusted."""
-    D: Discriminator = _restore(state, "discriminator", "D")
+    D: DiscriminatorBase = _restore(state, "discriminator", "D")
     return D.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -1,8 +1,8 @@
-"""The building blocks: convolutions, activations, resampling, attention. Feature maps are (N, C, H, W).
+"""Convolutions, activations, resampling and residual blocks. Feature maps are (N, C, H, W).
 
-The networks carry no normalisation. Convolutions have no bias; biases live in `BiasLeakyReLU`, so that everything
-between two activations is linear. The discriminator relies on that: its directional derivative needs one extra rule,
-for the activation, and none for the convolutions (see `Discriminator.jvp`).
+The networks have no normalisation. Convolutions have no bias; biases are part of `BiasLeakyReLU`,
+so that everything between two activations is linear. `Discriminator.jvp` relies on this: only the
+activation needs a rule for tangents.
 """
 
 import math
@@ -19,7 +19,7 @@ _GAIN = math.sqrt(2 / (1 + LEAK**2))  # keeps the variance through a leaky ReLU 
 
 
 def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
-    """Weights ~ N(0, (gain^2 / fan_in)), bias 0; returns `conv`."""
+    """Initialise weights ~ N(0, gain^2 / fan_in) and bias 0; return `conv`."""
     fan_in = conv.weight[0].numel()
     nn.init.normal_(conv.weight, std=gain / math.sqrt(fan_in))
     if conv.bias is not None:
@@ -30,7 +30,10 @@ def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
 def count_stages(
     img_resolution: int, img_channels: int, widths: Sequence[int], patch_size: int
 ) -> int:
-    """The number of stages from 4 px to img_resolution / patch_size; raises ValueError where sizes do not fit together."""
+    """Return the number of stages from 4 px to img_resolution / patch_size.
+
+    Raises ValueError where the sizes do not fit together.
+    """
     if img_resolution not in (16, 32, 64, 128, 256):
         raise ValueError(f"img_resolution={img_resolution}: must be a power of two from 16 to 256")
     if img_channels not in (1, 3):
@@ -39,55 +42,56 @@ def count_stages(
         raise ValueError(f"patch_size={patch_size}: must be 1, 2 or 4")
     finest = img_resolution // patch_size
     stages = int(math.log2(finest)) - 1
-    if len(widths) < stages:
+    missing = stages - len(widths)
+    if missing > 0:
         raise ValueError(
-            f"widths={list(widths)}: {finest} px needs {stages} of them, from 4 px up; add {stages - len(widths)}"
+            f"widths={list(widths)}: {finest} px needs {stages} of them, from 4 px up; "
+            f"add {missing}"
         )
     return stages
 
 
 class ConvToPixels(nn.Sequential):
-    """The last layer of a generator: (N, channels, H, W) -> (N, img_channels, H patch_size, W patch_size).
+    """The last layer of a generator: (N, C, H, W) -> (N, img_channels, H patch_size, W patch_size).
 
-    Sub-pixel convolution (Shi et al. 2016). The pixels of a block start with equal weights, so that training does not begin
-    from a checkerboard (Aitken et al. 2017), and a [1, 2, 1] filter, which is 0 at that frequency, keeps it from growing
-    later: it was plain to see in the grounds of the embedded shapes.
+    Sub-pixel convolution (Shi et al. 2016). The pixels of a patch start with equal weights, so that
+    training does not start from a checkerboard (Aitken et al. 2017). A [1, 2, 1] filter, which is 0
+    at the checkerboard's frequency, suppresses it later; it was visible in plain backgrounds.
     """
 
     def __init__(self, channels: int, img_channels: int, patch_size: int) -> None:
         conv = init_conv(nn.Conv2d(channels, img_channels * patch_size**2, 3, padding=1), gain=1)
         with torch.no_grad():
             conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(patch_size**2, dim=0))
-        super().__init__(conv, *([nn.PixelShuffle(patch_size), Smooth()] if patch_size > 1 else []))
+        super().__init__(conv)
+        if patch_size > 1:
+            self.extend([nn.PixelShuffle(patch_size), Smooth()])
 
 
 class Smooth(nn.Module):
-    """The filter [1, 2, 1] in both directions, the border repeated. Shape kept."""
+    """The filter [1, 2, 1] / 4 in both directions, with replicated borders. Keeps the shape."""
 
     def forward(self, x: Tensor) -> Tensor:
-        ones = x.new_ones(
-            2
-        )  # not a constant, which a traced program would keep on the device of its tracing
+        ones = x.new_ones(2)  # a constant would stay on the device of tracing when exported
         taps = (F.pad(ones, (0, 1)) + F.pad(ones, (1, 0))) / 4
         kernel = (taps[:, None] * taps[None, :]).expand(x.shape[1], 1, 3, 3)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
 class SeparableConv2d(nn.Module):
-    """A depthwise-separable convolution: one k x k filter for every channel, then a 1x1 mixing of the channels.
+    """Depthwise-separable convolution: a k x k filter per channel, then a 1x1 convolution.
 
         y[o] = sum_i W[o, i] (K[i] * x[i])  (+ b[o])
 
-    (N, in_channels, H, W) -> (N, out_channels, H', W') with H' = (H + 2 padding - kernel_size) // stride + 1.
+    (N, in_channels, H, W) -> (N, out_channels, H', W'), H' = (H + 2 padding - kernel_size) //
+    stride + 1. group_width: input channels per filter (1: depthwise, more: grouped convolution).
 
-    group_width > 1 gives each filter so many channels to read (grouped convolution).
+    Cost: in_channels (k^2 group_width + out_channels) multiply-adds per output pixel, against
+    in_channels out_channels k^2 of a dense convolution. It is fast in channels-last memory only:
+    for 128 channels at 8 px on two CPU cores the depthwise part is 65 times slower in NCHW.
 
-    Cost for each output pixel: in_channels (k^2 group_width + out_channels) multiply-adds and as many weights, against
-    in_channels out_channels k^2 for the dense convolution: depthwise, about k^2 = 9 times less at equal width. It is quick in
-    channels-last memory only: measured on two CPU cores, 128 channels at 8 px, the depthwise half takes 65 times longer
-    in NCHW.
-
-    Source: Sifre 2014; Chollet 2017, "Xception: deep learning with depthwise separable convolutions".
+    Sources: Sifre 2014; Chollet 2017, "Xception: deep learning with depthwise separable
+    convolutions".
     """
 
     def __init__(
@@ -102,12 +106,10 @@ class SeparableConv2d(nn.Module):
     ) -> None:
         super().__init__()
         groups = in_channels // group_width
-        self.depthwise = init_conv(
-            nn.Conv2d(
-                in_channels, in_channels, kernel_size, stride, padding, groups=groups, bias=False
-            ),
-            gain=1,
+        depthwise = nn.Conv2d(
+            in_channels, in_channels, kernel_size, stride, padding, groups=groups, bias=False
         )
+        self.depthwise = init_conv(depthwise, gain=1)
         self.pointwise = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,14 +117,15 @@ class SeparableConv2d(nn.Module):
 
 
 def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
-    """The one switch between `model=conv` and `model=sep`: kind is 'dense', 'separable', 'grouped' (16 channels, or 8 where
-    the width is no multiple of 16, then 1x1) or 'pointwise' (1x1)."""
+    """Return a convolution of `kind`: 'dense', 'separable', 'grouped' or 'pointwise'.
+
+    'grouped' has groups of 16 channels, or of gcd(in_channels, 16), then 1x1. 'pointwise' is 1x1.
+    """
     if kind == "separable":
         return SeparableConv2d(in_channels, out_channels, bias=False)
     if kind == "grouped":
-        return SeparableConv2d(
-            in_channels, out_channels, bias=False, group_width=math.gcd(in_channels, 16)
-        )
+        group_width = math.gcd(in_channels, 16)
+        return SeparableConv2d(in_channels, out_channels, bias=False, group_width=group_width)
     if kind == "dense":
         return init_conv(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
     if kind == "pointwise":
@@ -131,10 +134,10 @@ def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
 
 
 class BiasLeakyReLU(nn.Module):
-    """leaky_relu(x + bias), a bias for every channel. Shape kept.
+    """leaky_relu(x + bias) with one bias per channel. Keeps the shape.
 
-    With `pairs` the batch holds values in its first half and tangents in its second: a tangent is multiplied by the
-    slope that its value meets.
+    With `pairs` the batch holds values in its first half and tangents in its second half. A tangent
+    is multiplied by the slope at its value.
     """
 
     def __init__(self, channels: int) -> None:
@@ -147,7 +150,7 @@ class BiasLeakyReLU(nn.Module):
             return F.leaky_relu_(x + bias, LEAK)
         if not torch.compiler.is_compiling():
             return _ActivatedPairs.apply(x, bias)
-        # Written so that a compiler fuses it; one multiplication by a constant is all that autograd sees.
+        # In this form a compiler fuses it, and autograd sees one product with a constant.
         with torch.no_grad():
             slope = torch.where(x[: len(x) // 2] + bias > 0, 1.0, LEAK).to(x.dtype)
             slope = torch.cat([slope, slope])
@@ -157,10 +160,11 @@ class BiasLeakyReLU(nn.Module):
 
 
 class _ActivatedPairs(torch.autograd.Function):
-    """leaky_relu(x + bias) for values (first half of the batch) and tangents (second), in as few passes as plain torch has.
+    """leaky_relu(x + bias) for values (first half) and tangents (second half), in few passes.
 
-    Halves are written in place, and the sign of the result stands for the sign of the input: 1.2 instead of 7.4 ms,
-    forward and backward, for 128 maps of 128 channels at 16 px in bf16 on two CPU cores.
+    The halves are written in place, and the sign of the result replaces that of the input: 1.2
+    instead of 7.4 ms, forward and backward, for 128 maps of 128 channels at 16 px in bf16 on two
+    CPU cores.
     """
 
     @staticmethod
@@ -183,16 +187,16 @@ class _ActivatedPairs(torch.autograd.Function):
 
 
 def _times_slope(x: Tensor, result: Tensor, out: Tensor) -> None:
-    """out <- x times the slope of the leaky ReLU that gave `result`."""
+    """Write x times the slope of the leaky ReLU that returned `result` into `out`."""
     torch.ops.aten.leaky_relu_backward.grad_input(x, result, LEAK, True, grad_input=out)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv_b(act(conv_a(act(x)))): two 3x3 convolutions, `expansion` times wider between them. Shape kept.
+    """x + conv_b(act(conv_a(act(x)))), with `expansion` times more channels between the two.
 
-    The last convolution starts at zero, the other is scaled down with the number of residual blocks, which replaces
-    normalisation (Zhang et al. 2019, "Fixup initialization"). `fuse_depthwise` sets whether activation and depthwise
-    convolution are one operator.
+    Keeps the shape. Instead of normalisation, conv_b starts at zero and conv_a is scaled down by
+    the number of residual blocks (Zhang et al. 2019, "Fixup initialization"). `fuse_depthwise`
+    selects whether activation and depthwise convolution are one operator.
     """
 
     def __init__(
@@ -216,28 +220,28 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, pairs: bool = False) -> Tensor:
         h = self._activate_and_convolve(self.act_a, self.conv_a, x, pairs)
-        return self._activate_and_convolve(self.act_b, self.conv_b, h, pairs).add_(
-            x
-        )  # in place: one map less to write
+        h = self._activate_and_convolve(self.act_b, self.conv_b, h, pairs)
+        return h.add_(x)  # in place saves one feature map
 
     def _activate_and_convolve(
         self, act: BiasLeakyReLU, conv: nn.Module, x: Tensor, pairs: bool
     ) -> Tensor:
-        if not (
-            self.fused and isinstance(conv, SeparableConv2d) and conv.depthwise.weight.shape[1] == 1
-        ):
+        if not self.fused or not isinstance(conv, SeparableConv2d):
             return conv(act(x, pairs))
-        from vgan.models.triton_kernels import (
-            activated_depthwise,  # needs Triton, which not every machine has
-        )
+        kernel = conv.depthwise.weight
+        if kernel.shape[1] != 1:  # grouped
+            return conv(act(x, pairs))
+        # Imported here because Triton is not available on every machine.
+        from vgan.models.triton_kernels import activated_depthwise
 
-        return conv.pointwise(activated_depthwise(x, act.bias, conv.depthwise.weight, LEAK, pairs))
+        return conv.pointwise(activated_depthwise(x, act.bias, kernel, LEAK, pairs))
 
 
 def fuse_depthwise(network: nn.Module, fused: bool = True) -> None:
-    """Let every residual block run activation and depthwise convolution as one Triton operator, or not. Weights stay as they are.
+    """Select whether activation and depthwise convolution run as one Triton operator.
 
-    For NVIDIA GPUs with Triton; the operator can be differentiated once, which excludes penalty=double_backward.
+    For NVIDIA GPUs with Triton. Weights do not change. The operator can be differentiated once,
+    which excludes penalty=double_backward.
     """
     for block in network.modules():
         if isinstance(block, ResidualBlock):
@@ -245,21 +249,21 @@ def fuse_depthwise(network: nn.Module, fused: bool = True) -> None:
 
 
 def run_layer(layer: nn.Module, x: Tensor, gradient_checkpointing: bool, *arguments: Any) -> Tensor:
-    """layer(x, *arguments), whose inner features are kept for the backward pass or, with gradient_checkpointing, worked out again there."""
+    """Return layer(x, *arguments), with or without storing inner features for backward."""
     if gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
     return layer(x, *arguments)
 
 
 def last_layer(conv: nn.Module) -> nn.Conv2d:
-    """The convolution that decides the scale of a dense or separable convolution's output."""
+    """Return the last convolution of a dense or separable convolution; it sets the scale."""
     layer = conv.pointwise if isinstance(conv, SeparableConv2d) else conv
     assert isinstance(layer, nn.Conv2d)
     return layer
 
 
 def upsample2x(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, 2H, 2W) by the antialiasing filter [1, 3, 3, 1] (bilinear)."""
+    """(N, C, H, W) -> (N, C, 2H, 2W) with the antialiasing filter [1, 3, 3, 1] (bilinear)."""
     return _Upsample2x.apply(x) if torch.compiler.is_compiling() else _bilinear2x(x)
 
 
@@ -268,7 +272,10 @@ def _bilinear2x(x: Tensor) -> Tensor:
 
 
 class _Upsample2x(torch.autograd.Function):
-    """Bilinear upsampling with its backward as a sum of slices: the compiler fuses it, where its own scatters with atomics."""
+    """Bilinear upsampling with a backward pass of slices, which a compiler fuses.
+
+    The backward pass of `F.interpolate` scatters with atomics instead.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -276,7 +283,8 @@ class _Upsample2x(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # Pixel i went with 3/4 to 2i and 2i + 1, with 1/4 to their outer neighbours; at the border these are themselves.
+        # Pixel i contributes 3/4 to 2i and 2i + 1 and 1/4 to their outer neighbours. At the border
+        # the outer neighbour is the pixel itself.
         for dim in (2, 3):
             n = grad.shape[dim] // 2
             even, odd = grad.unflatten(dim, (n, 2)).unbind(dim + 1)
@@ -289,105 +297,7 @@ class _Upsample2x(torch.autograd.Function):
 def downsample2x(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, H/2, W/2) by averaging 2x2 pixels.
 
-    The wider [1, 3, 3, 1] filter as a strided depthwise convolution was measured too: its backward alone took 60 % of a
-    discriminator step on two CPU cores in bf16.
+    The wider [1, 3, 3, 1] filter is too slow: its backward pass as a strided depthwise convolution
+    took 60 % of a discriminator step on two CPU cores in bf16.
     """
     return F.avg_pool2d(x, 2)
-
-
-def usual_heads(channels: int) -> int:
-    """One head for every 64 channels, or as many fewer as divide them."""
-    return next(heads for heads in range(max(1, channels // 64), 0, -1) if channels % heads == 0)
-
-
-class SelfAttention2d(nn.Module):
-    """Every position looks at every other: multi-head softmax attention over the H W positions of a feature map.
-
-        q, k, v = W_q x, W_k x, W_v x;   y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j
-
-    (N, in_channels, H, W) -> (N, out_channels, H, W). q and k are scaled to unit root-mean-square, with a learned
-    gain a head, so that the logits stay bounded in networks without normalisation (Dehghani et al. 2023). On a GPU
-    torch's fused scaled-dot-product kernels do the rest, so the H W x H W matrix is never stored.
-
-    Cost: 3 C^2 + C out_channels multiply-adds a position for the projections, 2 (H W) C for looking around: negligible
-    at 8 px, as much as the projections at 16 px with C = 128, four times that at 32 px.
-
-    Source: Vaswani et al. 2017; for images Zhang et al. 2018, "Self-attention generative adversarial networks".
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, num_heads: int | None = None) -> None:
-        super().__init__()
-        self.num_heads = num_heads or usual_heads(in_channels)
-        if in_channels % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads}: must divide in_channels={in_channels}")
-        self.to_qkv = init_conv(nn.Conv2d(in_channels, 3 * in_channels, 1, bias=False), gain=1)
-        self.query_gain = nn.Parameter(torch.ones(self.num_heads, 1, 1))
-        self.to_out = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        q, k, v = self._queries_keys_values(x)
-        y = _attend(q, k, v)
-        y = (
-            y.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
-        )  # channels-last, as it came in
-        return self.to_out(y)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """Where each position looks: (N, heads, H W, H W), rows of positive numbers with sum 1; not for training."""
-        q, k, _ = self._queries_keys_values(x)
-        return ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(-1)
-
-    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (N, heads, H W, d)."""
-        qkv = self.to_qkv(x).flatten(2).transpose(1, 2)  # (N, H W, 3 C)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(t, t.shape[-1:]) for t in (q, k))  # autocast may make these float32
-        return (q * self.query_gain).to(v.dtype), k.to(v.dtype), v
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over the last two dimensions (positions, d)."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    # torch's fused kernel for CPUs took 5 times as long in bf16, forward and backward, at 64 positions, 3 times at 256
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-
-
-class AdaptiveAttention2d(nn.Module):
-    """The input modulated by its own attention, through a learned gate that starts closed.
-
-        y = P x * (1 + tanh(W_g x) * A(x))
-
-    A is `SelfAttention2d`; P the identity, or a 1x1 convolution where the widths differ. The gate tanh(W_g x), one value a
-    position and head of channels, starts at exactly 0, so that the layer begins as P and the network decides
-    where attention acts and with which sign. (N, in_channels, H, W) -> (N, out_channels, H, W).
-
-    Cost: that of `SelfAttention2d` and in_channels heads multiply-adds a position.
-
-    Source: the gate of Zhang et al. 2018 (SAGAN), made a function of the position as in attention gates (Oktay et al.
-    2018), acting multiplicatively as in squeeze and excitation (Hu et al. 2018).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, num_heads: int | None = None) -> None:
-        super().__init__()
-        self.attention = SelfAttention2d(in_channels, out_channels, num_heads)
-        groups = math.gcd(self.attention.num_heads, out_channels)
-        self.to_gate = nn.Conv2d(in_channels, groups, 1)
-        nn.init.zeros_(self.to_gate.weight)
-        nn.init.zeros_(self.to_gate.bias)  # type: ignore[arg-type]
-        same = in_channels == out_channels
-        self.project = (
-            nn.Identity()
-            if same
-            else init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        looked = self.attention(x)
-        gate = self.gates(x).repeat_interleave(looked.shape[1] // self.to_gate.out_channels, dim=1)
-        return self.project(x) * (1 + gate * looked)
-
-    def gates(self, x: Tensor) -> Tensor:
-        """How far each position is open to its attention: (N, groups of channels, H, W) in (-1, 1)."""
-        return self.to_gate(x).tanh()

@@ -45,8 +45,8 @@ class TensorBoardFile:
 
         self._event = Event
         unique = f"{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._path = run_dir / f"events.out.tfevents.{time.time():.0f}.{unique}"
-        self._file = open(self._path, "wb")  # noqa: SIM115
+        self.path = run_dir / f"events.out.tfevents.{time.time():.0f}.{unique}"
+        self._file = open(self.path, "wb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
@@ -71,13 +71,6 @@ class TensorBoardFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def discard(self) -> None:
-        """Close and delete the file."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
 
 
 def _last_step(run_dir: Path) -> int:
@@ -209,12 +202,12 @@ class RunLogger:
                 events.add(name, image, cur_nimg)
             events.flush()
         except OSError:
+            with contextlib.suppress(OSError):
+                events.close()
             if is_new:
-                events.discard()
+                events.path.unlink(missing_ok=True)
             else:
                 self._events_from = cur_nimg
-                with contextlib.suppress(OSError):
-                    events.close()
             raise
         self._events = events
 

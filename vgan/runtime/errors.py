@@ -1,23 +1,21 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exception for mistakes of the user, and what errors have to say."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one line that names the key, its value, the rule and the fix.
+    """A mistake that the user can correct: one line with the key, its value, the rule and the fix.
 
-    The console scripts print it without a traceback and leave with exit code 1.
+    The console scripts print it without a traceback and exit with code 1.
     """
 
 
 def is_out_of_memory(e: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    return (
-        isinstance(e, MemoryError)
-        or type(e).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(e)
-    )
+    """Return whether an error means that memory ran out, on any device."""
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return True
+    return "can't allocate memory" in str(e)
 
 
 def first_line(e: BaseException) -> str:
-    """Return the first line of an error's message, or its type without one."""
+    """Return the first line of an error's message, or its type where there is none."""
     lines = [line for line in str(e).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(e).__name__

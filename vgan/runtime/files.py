@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and PNG."""
+"""Files that are written completely or not at all, PNG, locks and caches."""
 
 import contextlib
 import errno
@@ -20,6 +20,18 @@ from PIL import Image
 from vgan.runtime.distributed import print0, rank
 from vgan.runtime.errors import UserError
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+# What torch.load raises for damaged files.
+_DAMAGED = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    pickle.UnpicklingError,
+)
+
 
 def png_bytes(image: np.ndarray) -> bytes:
     """Encode uint8 (H, W) or (H, W, 3) as PNG."""
@@ -33,67 +45,94 @@ def write_png(path: Path, image: np.ndarray) -> None:
     write_atomically(path, png_bytes(image))
 
 
-def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
-    """To a temporary file beside `path`, then os.replace: readers see the old file or the new one, never half of one.
+def cannot_write(path: Path, e: OSError) -> UserError:
+    """Return the error for a file or folder that cannot be written."""
+    return UserError(
+        f"{path}: cannot be written ({e.strerror}); free space or choose another folder"
+    )
 
-    durable: that holds after a loss of power too.
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`, which replaces `path` at the end of the block.
+
+    Readers see the old file or the new one, never a part. An exception in the block removes the
+    temporary file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # not there any more after os.replace
+
+
+def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write a file completely or not at all. Raises UserError if it cannot be written.
+
+    durable: flush it to the disk first, so that this also holds after a power failure.
+    """
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with atomic_path(path) as temporary, open(temporary, "wb") as f:
             f.write(content)
             if durable:
                 f.flush()
                 os.fsync(f.fileno())
-        os.replace(temporary, path)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(
-            f"{path}: cannot be written ({e.strerror}); free space or choose another folder"
-        ) from e
+        raise cannot_write(path, e) from e
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append lines to a text file, all or none. Raises UserError if they cannot be written."""
+    try:
+        with open(path, "ab", buffering=0) as f:
+            before = os.fstat(f.fileno()).st_size
+            rest = memoryview((text + "\n").encode())
+            try:
+                while rest:  # a full disk takes a part first and refuses the next call
+                    rest = rest[f.write(rest) :]
+            except OSError:
+                f.truncate(before)
+                raise
+    except OSError as e:
+        raise cannot_write(path, e) from e
 
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """While inside, no other process may enter for the same folder. Raises UserError where one is in already.
+    """Hold an exclusive lock on a folder. Raises UserError if another process holds it.
 
-    The kernel lets go of the lock when its process ends, however it ends: a lock cannot be left behind. Where the file system
-    has no such locks, a line says so and none is held: a file in their place would outlive a kill.
+    The kernel releases the lock when its process ends, so that no lock is left behind. Where the
+    file system has no such locks, a message says so and there is none: a lock file in its place
+    would survive a kill.
     """
     if rank() != 0:
         yield
         return
-    hard = (
-        {"fallback_to_soft": False}
-        if "fallback_to_soft" in inspect.signature(FileLock).parameters
-        else {}
-    )  # since filelock 4
-    lock = FileLock(folder / ".lock", **hard)  # type: ignore[arg-type]
+    # filelock 4 falls back to lock files unless told not to; earlier versions lack the argument.
+    can_fall_back = "fallback_to_soft" in inspect.signature(FileLock).parameters
+    options: dict[str, Any] = {"fallback_to_soft": False} if can_fall_back else {}
+    lock = FileLock(folder / ".lock", **options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
         except (NotImplementedError, OSError) as e:
-            if isinstance(e, OSError) and e.errno not in (
-                errno.ENOSYS,
-                errno.ENOLCK,
-                errno.ENOTSUP,
-                errno.EOPNOTSUPP,
-            ):
+            if isinstance(e, OSError) and e.errno not in _NO_LOCKS:
                 raise
             print0(
-                f"run_dir={folder}: its file system has no locks; see to it that no second run works here"
+                f"run_dir={folder}: its file system has no locks; "
+                "make sure that no second run uses this folder"
             )
     except Timeout as e:
         raise UserError(
-            f"run_dir={folder}: another vgan-train is at work here; wait for it or use another run_dir"
+            f"run_dir={folder}: another vgan-train is at work here; "
+            "wait for it or use another run_dir"
         ) from e
     except OSError as e:
-        raise UserError(
-            f"{folder}: cannot be written ({e.strerror}); free space or choose another folder"
-        ) from e
+        raise cannot_write(folder, e) from e
     try:
         yield
     finally:
@@ -101,81 +140,58 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 
 class PngWriter:
-    """Encodes and writes PNG files in threads while the caller makes more pictures.
+    """A context manager that encodes and writes PNG files in threads.
 
-    A context manager: leaving it waits until all is written. At most QUEUED groups wait, so memory is bounded. What cannot
-    be written raises UserError, at a later `write` or on leaving.
+    Leaving it waits until all files are written. At most QUEUED groups wait, which bounds memory.
+    `write` or leaving raises UserError for a file that cannot be written.
     """
 
     GROUP, QUEUED = 64, 64
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="png")
-        self._begun: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> "PngWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            while self._begun and kind is None:
-                self._begun.popleft().result()
+            while self._pending and kind is None:
+                self._pending.popleft().result()
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def write(self, paths: Sequence[Path], sheets: np.ndarray) -> None:
-        """sheets[i] of uint8 (N, H, W, C) into paths[i]; returns at once unless too much is waiting."""
+    def write(self, paths: Sequence[Path], images: np.ndarray) -> None:
+        """Write images[i] of uint8 (N, H, W, C) to paths[i]; blocks only if too many are queued."""
         for i in range(0, len(paths), self.GROUP):
-            while len(self._begun) >= self.QUEUED:
-                self._begun.popleft().result()
+            while len(self._pending) >= self.QUEUED:
+                self._pending.popleft().result()
             group = slice(i, i + self.GROUP)
-            self._begun.append(self._pool.submit(_write_all, paths[group], sheets[group]))
+            self._pending.append(self._pool.submit(_write_all, paths[group], images[group]))
 
 
-def _write_all(paths: Sequence[Path], sheets: np.ndarray) -> None:
-    for path, sheet in zip(paths, sheets):
-        write_png(path, sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+def _write_all(paths: Sequence[Path], images: np.ndarray) -> None:
+    for path, image in zip(paths, images):
+        write_png(path, image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def save_cached(path: Path, parts: dict[str, Any]) -> None:
-    """Tensors and plain numbers that can be made again, into a file that is whole or not there."""
+def save_cached(path: Path, values: dict[str, Any]) -> None:
+    """Save tensors and plain numbers that can be computed again."""
     file = io.BytesIO()
-    torch.save(parts, file)
+    torch.save(values, file)
     write_atomically(path, file.getvalue())
 
 
 def load_cached(path: Path, *names: str) -> list[Any] | None:
-    """The named parts of what `save_cached` wrote, on the CPU; None without a file. Raises UserError if it is damaged."""
+    """Return the named values of a file of `save_cached` on the CPU, None without the file.
+
+    Raises UserError if it is damaged.
+    """
     if not path.is_file():
         return None
     try:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-        return [parts[name] for name in names]
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        EOFError,
-        ValueError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as e:
-        raise UserError(f"{path}: damaged cache; delete this file and it is made anew") from e
-
-
-def append_line(path: Path, text: str) -> None:
-    """Add lines to a text file, all or none. Raises UserError if they cannot be written."""
-    try:
-        with open(path, "ab", buffering=0) as f:
-            before = os.fstat(f.fileno()).st_size
-            rest = memoryview((text + "\n").encode())
-            try:
-                while rest:  # a disk takes what it has room for, and refuses the next call
-                    rest = rest[f.write(rest) :]
-            except OSError:
-                f.truncate(before)
-                raise
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot be written ({e.strerror}); free space or choose another folder"
-        ) from e
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        return [values[name] for name in names]
+    except _DAMAGED as e:
+        raise UserError(f"{path}: damaged cache; delete this file to create it again") from e

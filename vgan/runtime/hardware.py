@@ -65,9 +65,9 @@ def host_peak_gb() -> float:
     status = _STATUS.read_text() if _STATUS.exists() else ""
     if match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
         return int(match[1]) * 1024 / 1e9
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset / 1e9
+    peak_bytes = getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
+    if peak_bytes is not None:
+        return peak_bytes / 1e9
     import resource  # not on Windows
 
     unit = 1 if platform.system() == "Darwin" else 1024

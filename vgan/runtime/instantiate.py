@@ -1,4 +1,4 @@
-"""Build the object that a config node names: the only place where a name in a config becomes Python."""
+"""Build the object named by the _target_ of a config node."""
 
 import inspect
 import types
@@ -8,59 +8,55 @@ from typing import Any
 
 import hydra.utils
 
-from vgan.runtime.errors import UserError
+from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.renamed import TARGETS
 
 
 def locate(target: object, node: str) -> Any:
-    """The class or function that `_target_` names; raises UserError if there is none."""
+    """Return the class or function that `_target_` names. Raises UserError if there is none."""
     try:
         return hydra.utils.get_object(TARGETS.get(str(target), str(target)))
     except (ImportError, ValueError, AttributeError) as e:
-        reason = str(e).splitlines()[0]
         raise UserError(
-            f"{node}._target_={target}: cannot be imported ({reason}); give the full dotted name"
+            f"{node}._target_={target}: cannot be imported ({first_line(e)}); "
+            "give the full dotted name"
         ) from e
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a YAML value suits a constructor's annotation; what cannot be said in YAML is let through."""
+    """Return whether a YAML value fits an annotation; True for types that YAML does not have."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in args)
-    if origin in (list, tuple, Sequence) or (
-        isinstance(origin, type) and issubclass(origin, Sequence)
-    ):
-        items = args[:1] if args else ()
-        return isinstance(value, (list, tuple)) and all(_fits(v, a) for v in value for a in items)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        item = args[0] if args else Any
+        return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value)
     if annotation is type(None):
         return value is None
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (bool, str):
+        return isinstance(value, (int, float))
+    if annotation in (bool, int, str):
         return isinstance(value, annotation)
     return True
 
 
-def _called(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if isinstance(annotation, type)
-        else str(annotation).replace("collections.abc.", "")
-    )
+def _shown(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).replace("collections.abc.", "")
 
 
 def construct(config: Mapping[str, Any], node: str, /, **injected: Any) -> Any:
-    """Call config['_target_'] with the node's other keys and the injected sizes.
+    """Call config['_target_'] with the other keys of the node and the injected arguments.
 
-    Raises UserError for a key that the target does not take, one that it lacks, a value of the wrong type, and for what
-    the target itself refuses; each names `node` and the key.
+    Raises UserError, with `node` and the key, for an unknown or missing argument, a value of the
+    wrong type, and for a ValueError of the target.
     """
     if "_target_" not in config:
         raise UserError(
-            f"{node}: has no _target_; name a class, such as vgan.models.generator.Generator"
+            f"{node}: has no _target_; give a class, such as vgan.models.generator.Generator"
         )
     target = locate(config["_target_"], node)
     arguments = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -71,20 +67,15 @@ def construct(config: Mapping[str, Any], node: str, /, **injected: Any) -> Any:
         if name not in signature.parameters and not open_ended:
             known = ", ".join(p for p in signature.parameters if p not in injected)
             raise UserError(
-                f"{node}.{name}={value}: {config['_target_']} has no such argument; it takes {known}"
+                f"{node}.{name}={value}: {config['_target_']} has no such argument; "
+                f"it takes {known}"
             )
         if name in hints and not _fits(value, hints[name]):
-            raise UserError(f"{node}.{name}={value}: must be {_called(hints[name])}")
-    missing = [
-        p.name
-        for p in signature.parameters.values()
-        if p.default is p.empty
-        and p.kind is p.POSITIONAL_OR_KEYWORD
-        and p.name not in arguments
-        and p.name not in injected
-    ]
-    if missing:
-        raise UserError(f"{node}.{missing[0]}: is missing; {config['_target_']} needs it")
+            raise UserError(f"{node}.{name}={value}: must be {_shown(hints[name])}")
+    for p in signature.parameters.values():
+        required = p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        if required and p.name not in arguments and p.name not in injected:
+            raise UserError(f"{node}.{p.name}: is missing; {config['_target_']} needs it")
     try:
         return hydra.utils.instantiate(
             {"_target_": config["_target_"]}, **arguments, **injected, _convert_="all"
@@ -98,17 +89,17 @@ def construct(config: Mapping[str, Any], node: str, /, **injected: Any) -> Any:
 
 
 def _names_code(value: Any) -> bool:
-    """Whether Hydra would find a _target_ somewhere in an argument."""
+    """Return whether an argument contains a _target_, which Hydra would build."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(map(_names_code, value.values()))
     return isinstance(value, (list, tuple)) and any(map(_names_code, value))
 
 
 def require_own(node: Mapping[str, Any], name: str, package: str, fix: str) -> None:
-    """Raise UserError unless the node, which a checkpoint wrote, names a class that is defined in `package` of vgan.
+    """Raise UserError unless the node of a checkpoint names a class defined in `package` of vgan.
 
-    A checkpoint must not choose code to run, and a name that begins like vgan's may lead out of it: vgan.data.folder.os.system.
-    Nor may its arguments, which Hydra would build as well.
+    A checkpoint must not choose code to run. The name may start like one of vgan and lead out of
+    it (vgan.data.folder.os.system), and Hydra would also build arguments that have a _target_.
     """
     target = str(node.get("_target_"))
     found = locate(target, name) if target.startswith(f"{package}.") else None
@@ -120,12 +111,11 @@ def require_own(node: Mapping[str, Any], name: str, package: str, fix: str) -> N
 
 
 def construct_own(node: Mapping[str, Any], name: str, sizes: Mapping[str, int]) -> Any:
-    require_own(node, name, "vgan.models", "build yours by hand")
+    """Build the network that a checkpoint describes. Raises UserError if it cannot be built."""
+    require_own(node, name, "vgan.models", "build yours in Python")
     try:
         return construct(node, name, **sizes)
-    except (
-        hydra.errors.InstantiationException
-    ) as e:  # the checkpoint's fault, not the user's own class
+    except hydra.errors.InstantiationException as e:
         raise UserError(
             f"{name}: the checkpoint describes no network ({e.__cause__}); use an intact one"
         ) from e

@@ -1,8 +1,9 @@
-"""Every random number of a run as a function of (seed, stream, image index).
+"""Random numbers as a function of (seed, stream, image index).
 
-The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a counter-based
-generator written here in torch's int64 operations: vectorised over the batch and bit-exact on every device. There
-is no state to save: the split of a batch over steps, processes and machines cannot change a run.
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+a counter-based generator written in int64 operations of torch: vectorised over the batch and
+bit-exact on every device. There is no state to save, and a run does not depend on how a batch is
+split over steps, processes and machines.
 """
 
 import copy
@@ -21,8 +22,11 @@ _FEISTEL_ROUNDS = 8
 def _philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, ...]:
-    """Ten rounds over four 32-bit words kept in int64. The product of two 32-bit words wraps into the sign bit, but
-    shift and mask bring back the right 32 bits."""
+    """Apply ten rounds to four 32-bit words stored in int64.
+
+    The product of two 32-bit words overflows into the sign bit; shift and mask still give the right
+    32 bits.
+    """
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -38,7 +42,7 @@ def _philox(
 
 
 def _stream_id(stream: str) -> int:
-    """32-bit FNV-1a of the name: plain arithmetic, which a compiler of the step can follow."""
+    """Return the 32-bit FNV-1a hash of a name, in arithmetic that torch.compile can trace."""
     h = 0x811C9DC5
     for letter in stream:
         h = ((h ^ ord(letter)) * 0x01000193) & _MASK
@@ -46,30 +50,26 @@ def _stream_id(stream: str) -> int:
 
 
 def words(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
-    """(N, n) int64 of uniform 32-bit words for images `index` (N,) int64."""
+    """Return (N, n) int64 of uniform 32-bit words for images `index` (N,) int64."""
     blocks = torch.arange(math.ceil(n / 4), device=index.device)
-    shape = (index.shape[0], len(blocks))  # not len(): an exporter would take it for a constant
+    shape = (index.shape[0], len(blocks))  # len() would become a constant in an exported program
     i = index[:, None].expand(shape)
-    counter = (
-        i & _MASK,
-        (i >> 32) & _MASK,
-        blocks[None].expand(shape),
-        torch.full_like(i, _stream_id(stream)),
-    )
+    stream_word = torch.full_like(i, _stream_id(stream))
+    counter = (i & _MASK, (i >> 32) & _MASK, blocks[None].expand(shape), stream_word)
     out = torch.stack(_philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=2)
     return out.flatten(1)[:, :n]
 
 
 def uniform(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
-    """(N, n) float32 in [0, 1), on a grid of 2^-24 so that 1.0 cannot come out by rounding."""
+    """Return (N, n) float32 in [0, 1), multiples of 2^-24 so that rounding cannot give 1.0."""
     return (words(seed, stream, index, n) >> 8).float() * 2.0**-24
 
 
 def normal(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
-    """(N, n) float32 ~ N(0, 1), by Box-Muller.
+    """Return (N, n) float32 ~ N(0, 1), by the Box-Muller method.
 
-    Worked out in float64 (where the device has it) and rounded once, so that the last digit of a device's logarithm
-    or cosine does not show in the result.
+    Computed in float64 where the device has it and rounded once, so that differences between the
+    logarithm and cosine of devices do not show.
     """
     dtype = torch.float32 if index.device.type == "mps" else torch.float64
     w = words(seed, stream, index, n + n % 2).to(dtype)
@@ -80,24 +80,25 @@ def normal(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
 
 
 def signs(seed: int, stream: str, index: Tensor, n: int) -> Tensor:
-    """(N, n) float32 of +1 and -1 with equal chances; 32 of them cost one word."""
+    """Return (N, n) float32 of +1 and -1 with equal probability, 32 from each word."""
     w = words(seed, stream, index, math.ceil(n / 32))
     bits = (w[:, :, None] >> torch.arange(32, device=index.device)) & 1
     return bits.reshape(len(index), -1)[:, :n].float() * 2 - 1
 
 
 def integers(seed: int, stream: str, index: Tensor, high: int) -> Tensor:
-    """(N,) int64, uniform in [0, high)."""
+    """Return (N,) int64, uniform in [0, high)."""
     return words(seed, stream, index, 1)[:, 0] * high >> 32
 
 
 def permute(index: Tensor, n: int, seed: int, epoch: Tensor | int) -> Tensor:
-    """Where a shuffled order puts its `index`-th item: a bijection of [0, n) for every (seed, epoch), entered anywhere.
+    """Return the positions of items in a shuffled order: a bijection of [0, n).
 
-    A Feistel network over the next even power of two, walked until it lands inside [0, n) (Black & Rogaway 2002), with
-    the 32-bit finalizer of MurmurHash3 (Appleby) as round function: an order needs no more, and Philox there took a
-    fifth of a training step on a CPU. `index` is int64 of any shape with values in [0, n); `epoch` an int or a tensor of
-    that shape.
+    index: int64 of any shape with values in [0, n). epoch: an int or a tensor of that shape.
+
+    A Feistel network over the next even power of two, applied until the result is in [0, n) (Black
+    & Rogaway 2002), with the 32-bit finalizer of MurmurHash3 (Appleby) as round function. Philox as
+    round function took a fifth of a training step on a CPU, and an order does not need it.
     """
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = (1 << half) - 1
@@ -120,9 +121,9 @@ def permute(index: Tensor, n: int, seed: int, epoch: Tensor | int) -> Tensor:
 
 
 class Streams:
-    """The random numbers of one batch: images `first` .. `first + batch - 1` of the run with this seed.
+    """The random numbers of one batch: images first .. first + batch - 1 of the run with `seed`.
 
-    Each method returns one row an image; the name of the stream keeps uses apart.
+    Each method returns one row per image. The stream's name separates uses.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Streams:
         self.index = torch.arange(first, first + batch, device=device)
 
     def __getitem__(self, rows: slice) -> "Streams":
-        """Those of some of the images."""
+        """Return the streams of a slice of the images."""
         part = copy.copy(self)
         part.index = self.index[rows]
         return part

@@ -1,4 +1,4 @@
-"""Stopping a run well: after the step, with everything saved."""
+"""Signals: stop a run after the current step, with a checkpoint saved."""
 
 import contextlib
 import signal
@@ -8,75 +8,16 @@ from typing import Any
 
 from vgan.runtime.errors import UserError
 
-EARLY = "stopped before the first step; the same command goes on"
-RESTART = (
-    75  # the exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, "try again"
-)
-# Ctrl-C, the polite kill, what clusters send before they take a machine away, and the end of a terminal or its connection
-_ASKING = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)
-]
-
-
-_seen: set[str] = set()  # of "Ctrl-C", "stop" and "training", in this process
-
-
-def remember_interrupts() -> None:
-    """Let a Ctrl-C be known, beside raising KeyboardInterrupt: imports and readers of files may swallow the exception."""
-    _seen.clear()
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGINT) in (
-        signal.default_int_handler,
-        _remember,
-    ):  # not where a shell has it ignored
-        signal.signal(signal.SIGINT, _remember)
-
-
-def _remember(number: int, frame: Any) -> None:
-    _seen.add("Ctrl-C")
-    signal.default_int_handler(number, frame)
-
-
-@contextlib.contextmanager
-def expect_stops() -> Iterator[None]:
-    """Let SIGTERM, SIGUSR1 and SIGHUP before the first step leave with RESTART: nothing to save, and as much to do as before."""
-    main = threading.current_thread() is threading.main_thread()
-    mine = [
-        s for s in _ASKING if main and s != signal.SIGINT and signal.getsignal(s) == signal.SIG_DFL
-    ]
-    for number in mine:
-        signal.signal(number, _stop_early)
-    try:
-        yield
-    finally:
-        for number in mine:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _stop_early(number: int, frame: Any) -> None:
-    _seen.add("stop")
-    raise Stopped(EARLY)
-
-
-def was_interrupted() -> bool:
-    """Whether Ctrl-C was pressed since `remember_interrupts`, other than to ask a run for a stop."""
-    return "Ctrl-C" in _seen
-
-
-def was_training() -> bool:
-    """Whether a run had begun."""
-    return "training" in _seen
-
-
-def _is_held_off(number: int) -> bool:
-    """Whether nohup keeps a signal from the run; that shells ignore Ctrl-C for what is in the background does not count."""
-    return number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+EARLY = "stopped before the first step; run the same command to resume"
+RESTART = 75  # exit code of a run that stopped and saved: EX_TEMPFAIL of sysexits.h, "try again"
+# Ctrl-C; kill; a cluster's warning before it takes a machine away; a closed terminal.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+_STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+_events: set[str] = set()  # of "Ctrl-C", "stop" and "training", in this process
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop and has saved; the exit code asks for the same command again."""
+    """The exit of a run that stopped on request and saved; the exit code is RESTART."""
 
     def __init__(self, text: str) -> None:
         super().__init__(RESTART)
@@ -84,31 +25,90 @@ class Stopped(SystemExit):
 
 
 class TrainingFailed(UserError):
-    """A run that went wrong again and again."""
+    """A run that failed repeatedly, in spite of roll-backs."""
+
+
+def _in_main_thread() -> bool:
+    """Return whether signal handlers can be set here."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def record_interrupts() -> None:
+    """Record every Ctrl-C in addition to raising KeyboardInterrupt.
+
+    Imports and file readers may swallow the exception. Call it once, when a command begins.
+    """
+    _events.clear()
+    # Not where a shell ignores SIGINT.
+    replaceable = (signal.default_int_handler, _record_interrupt)
+    if _in_main_thread() and signal.getsignal(signal.SIGINT) in replaceable:
+        signal.signal(signal.SIGINT, _record_interrupt)
+
+
+def _record_interrupt(number: int, frame: Any) -> None:
+    _events.add("Ctrl-C")
+    signal.default_int_handler(number, frame)
+
+
+def was_interrupted() -> bool:
+    """Return whether Ctrl-C was pressed since `record_interrupts`, outside a StopRequest."""
+    return "Ctrl-C" in _events
+
+
+def training_started() -> bool:
+    """Return whether a StopRequest has been active since `record_interrupts`."""
+    return "training" in _events
+
+
+@contextlib.contextmanager
+def exit_on_stop_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 and SIGHUP exit with RESTART while there is nothing to save."""
+    replaced = []
+    for number in _STOP_SIGNALS:
+        default = signal.getsignal(number) == signal.SIG_DFL
+        if _in_main_thread() and number != signal.SIGINT and default:
+            signal.signal(number, _stop_early)
+            replaced.append(number)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop_early(number: int, frame: Any) -> None:
+    _events.add("stop")
+    raise Stopped(EARLY)
 
 
 class StopRequest:
-    """While active, the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP asks for a stop after the step; a second Ctrl-C acts at once."""
+    """A context in which a stop signal sets `requested` instead of ending the process.
+
+    The signals are Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP. A second Ctrl-C acts at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if was_interrupted():
             raise KeyboardInterrupt
-        if "stop" in _seen:  # and an import swallowed it
+        if "stop" in _events:  # an import swallowed the exception
             raise Stopped(EARLY)
-        _seen.add("training")
-        if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
-            self._before = {s: signal.signal(s, self._ask) for s in _ASKING if not _is_held_off(s)}
+        _events.add("training")
+        for number in _STOP_SIGNALS if _in_main_thread() else ():
+            # nohup ignores SIGHUP on purpose; shells ignore SIGINT of background jobs by habit.
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number == signal.SIGINT or not ignored:
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _request(self, number: int, frame: object) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)  # also where the shell had it ignored
+            signal.signal(number, signal.default_int_handler)

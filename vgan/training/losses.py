@@ -93,8 +93,9 @@ def jvp(D: nn.Module, images: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Ten
 
     Networks without a `jvp` method are differentiated by torch.func.jvp.
     """
-    if hasattr(D, "jvp"):
-        logits, tangent = D.jvp(images, c, v)
+    own_jvp = getattr(D, "jvp", None)
+    if own_jvp is not None:
+        logits, tangent = own_jvp(images, c, v)
     else:
         logits, tangent = torch.func.jvp(lambda x: D(x, c), (images,), (v,))[:2]
     return logits, _mean_square(tangent)

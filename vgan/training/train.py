@@ -9,11 +9,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from vgan.config import TrainConfig
-from vgan.data.webdataset import Interrupted
+from vgan.data.webdataset import LoadingCancelled
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runtime.device import pick_device, pick_precision, prepare_process
-from vgan.runtime.distributed import SharedFlags, barrier, group, print0, rank, world_size
+from vgan.runtime.distributed import SharedFlags, barrier, print0, process_group, rank, world_size
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import append_line, own_folder, write_atomically
 from vgan.runtime.signals import EARLY, Stopped, StopRequest
@@ -33,7 +33,7 @@ def train(cfg: TrainConfig) -> Path:
     device = pick_device(cfg.device)
     precision = pick_precision(cfg.precision, device)
     prepare_process(device, precision, cfg.threads, cfg.deterministic)
-    with group(device):
+    with process_group(device):
         run = setup(cfg, device, precision)
         if is_complete(run):
             hint = f"To train longer: total_kimg={2 * cfg.total_kimg:g}"
@@ -93,7 +93,10 @@ def loop(run: Run, evaluation: PeriodicEvaluation | None, stop: StopRequest) -> 
                 if now_due.evaluation:
                     monitor.evaluate()
                 writer.poll()
-        except (Interrupted, DataError) as e:  # raised between two steps, where the state is sound
+        except (
+            LoadingCancelled,
+            DataError,
+        ) as e:  # raised between two steps, where the state is sound
             if world_size() == 1 and state.cur_nimg > 0:  # saving takes all processes
                 save(run, writer)
             if isinstance(e, DataError):
