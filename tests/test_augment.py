@@ -64,7 +64,7 @@ def test_quarter_turns_are_rotations() -> None:
 
 
 def test_geometry_in_one_resampling_is_what_the_matrices_say() -> None:
-    """A right angle by rotation is a quarter turn; a shift by a whole pixel a roll; two steps are applied in their order."""
+    """Rotation by a right angle is a quarter turn; a shift by a pixel a roll; order is kept."""
     x, one = torch.randn(1, 3, 8, 8), torch.ones(1)
     right_angle = rotation(one, torch.tensor([[0.75, 0, 0]]))
     assert torch.allclose(resample(x, [right_angle]), torch.rot90(x, 1, (2, 3)), atol=1e-5)

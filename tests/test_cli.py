@@ -378,8 +378,8 @@ def folder_case(kind: str, tmp_path: Path) -> Path:
     ("kind", "says"),
     [
         ("missing", "no such folder"),
-        ("empty", "no pictures"),
-        ("one", "only one picture"),
+        ("empty", "no images"),
+        ("one", "only one image"),
         ("bad", "2 unreadable.*data.skip_bad=true"),
     ],
 )

@@ -29,7 +29,7 @@ from vgan.runtime.errors import UserError
 CPU = torch.device("cpu")
 
 
-# --- the embedded shapes and their oracle ---------------------------------------------------------------------------
+# --- the embedded shapes and their oracle ---
 
 
 @pytest.mark.parametrize(("resolution", "count"), [(16, 50), (32, 200), (64, 40)])
@@ -80,7 +80,7 @@ def test_score_counts_what_was_asked() -> None:
     assert score_samples(reading, (shape + 1) % 8)["precision"] == 0
 
 
-# --- rules for any picture ------------------------------------------------------------------------------------------
+# --- rules for any picture ---
 
 
 def test_pictures_of_every_mode_follow_the_stated_rules() -> None:
@@ -122,7 +122,7 @@ def test_exif_crop_and_resize() -> None:
     assert to_square_uint8(Image.new("RGB", (178, 218)), 64, 3, crop=178).shape == (64, 64, 3)
 
 
-# --- folder, zip, npy -----------------------------------------------------------------------------------------------
+# --- folder, zip, npy ---
 
 
 def write_pictures(folder: Path, count: int = 3, shade: int = 0) -> None:
@@ -170,6 +170,20 @@ def test_grey_npy(tmp_path: Path) -> None:
     assert Folder(str(tmp_path / "g.npy"), 16, channels=1).read(0)[0].shape == (16, 16, 1)
 
 
+def with_pictures(folder: Path, **settings: object) -> dict[str, object]:
+    write_pictures(folder)
+    return {"path": str(folder), **settings}
+
+
+def with_file(path: Path) -> dict[str, str]:
+    path.write_text("x")
+    return {"path": str(path)}
+
+
+def grey_npy(folder: Path) -> str:
+    return bad_npy(folder, np.zeros((3, 9, 9), np.uint8))
+
+
 def bad_npy(tmp_path: Path, array: np.ndarray) -> str:
     np.save(tmp_path / "bad.npy", array)
     return str(tmp_path / "bad.npy")
@@ -181,15 +195,15 @@ def bad_npy(tmp_path: Path, array: np.ndarray) -> str:
         (lambda t: {"path": str(t / "no")}, "no such folder"),
         (lambda t: {"path": str(t)}, "no images"),
         (lambda t: (write_pictures(t, 1), {"path": str(t)})[1], "only one image"),
-        (lambda t: (write_pictures(t), {"path": str(t), "resolution": 48})[1], "data.resolution=48"),
+        (lambda t: with_pictures(t, resolution=48), "data.resolution=48"),
         (lambda t: (write_pictures(t), {"path": str(t), "channels": 2})[1], "data.channels=2"),
         (lambda t: (write_pictures(t), {"path": str(t), "labels": "folders"})[1], "sub-folders"),
-        (lambda t: (write_pictures(t), {"path": str(t), "labels": "nowhere.npy"})[1], "no such file"),
+        (lambda t: with_pictures(t, labels="nowhere.npy"), "no such file"),
         (lambda t: {"path": bad_npy(t, np.zeros((3, 16, 16, 3)))}, "must be uint8"),
         (lambda t: {"path": bad_npy(t, np.zeros((3, 16), np.uint8))}, "must be uint8"),
-        (lambda t: dict.fromkeys(("path", "labels"), bad_npy(t, np.zeros((3, 9, 9), np.uint8))), "one for each"),
-        (lambda t: ((t / "x.zip").write_text("x"), {"path": str(t / "x.zip")})[1], "not a readable zip"),
-        (lambda t: ((t / "x.txt").write_text("x"), {"path": str(t / "x.txt")})[1], "neither a folder"),
+        (lambda t: dict.fromkeys(("path", "labels"), grey_npy(t)), "one for each"),
+        (lambda t: with_file(t / "x.zip"), "not a readable zip"),
+        (lambda t: with_file(t / "x.txt"), "neither a folder"),
     ],
 )  # fmt: skip
 def test_folder_refuses_in_one_line(tmp_path: Path, make: object, message: str) -> None:
@@ -199,7 +213,7 @@ def test_folder_refuses_in_one_line(tmp_path: Path, make: object, message: str) 
     assert "data." in str(caught.value)
 
 
-# --- the store ------------------------------------------------------------------------------------------------------
+# --- the store ---
 
 
 def test_pack_once_then_open(
@@ -289,7 +303,7 @@ def test_full_and_unwritable_cache(
         pack(source, tmp_path / "cache")
 
 
-# --- the feed -------------------------------------------------------------------------------------------------------
+# --- the feed ---
 
 
 @pytest.fixture
@@ -361,7 +375,7 @@ def test_a_mapped_file_is_read_row_by_row_and_a_shortened_one_noticed(tmp_path: 
     feed.close()
 
 
-# --- torchvision's sets ---------------------------------------------------------------------------------------------
+# --- torchvision's sets ---
 
 
 class FakeSet:

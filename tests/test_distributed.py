@@ -59,7 +59,7 @@ def alone(run_dir: Path, *overrides: str) -> None:
 
 
 def close(a: Path, b: Path, rel: float) -> None:
-    """Equal to rounding: statistics closely, weights as far as Adam's normalised steps of tiny gradients let them."""
+    """Compare to rounding: statistics closely, weights as far as Adam's steps allow."""
     for ours, theirs in zip(lines_of(a / "stats.jsonl"), lines_of(b / "stats.jsonl"), strict=True):
         assert ours.keys() == theirs.keys()
         for tick in (
@@ -81,7 +81,12 @@ def close(a: Path, b: Path, rel: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [(), FOLLOWING, pytest.param(("batch_gpu=3", "holdout=8"), marks=pytest.mark.soak)]
+    "extra",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        FOLLOWING,
+        pytest.param(("batch_gpu=3", "holdout=8"), marks=pytest.mark.soak),
+    ],
 )
 def test_the_number_of_processes_does_not_change_the_run(
     tmp_path: Path, extra: tuple[str, ...]
@@ -147,6 +152,7 @@ def workers(process: "subprocess.Popen[str]") -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_a_killed_rank_ends_the_group_and_torchrun_resumes_it(tmp_path: Path, rank: int) -> None:
     process = slow(2, tmp_path / "r", restarts=1)
@@ -178,7 +184,7 @@ def free_port() -> int:
 
 
 def without_torchrun(script: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
-    """Two processes that are told of each other by hand; the first has the store, as it has under older launchers."""
+    """Start two processes without a launcher; the first one holds the store."""
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     call = [sys.executable, str(script), *arguments]
     places = [{**os.environ, **told, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
@@ -244,6 +250,7 @@ seams.train_main()
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.soak)])
 def test_a_killed_process_of_one_machine_restarts_those_of_all(
     tmp_path: Path, backend: str
@@ -418,6 +425,7 @@ def test_the_first_process_decides_on_failures_for_all(tmp_path: Path) -> None:
     assert all(torch.isfinite(w).all() for w in final["G_ema"].values())
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         command(2, tmp_path / "r", "batch_size=7"), capture_output=True, text=True

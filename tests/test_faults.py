@@ -1,4 +1,4 @@
-"""Each fault is injected into a real run; the run goes back, changes one thing, says so and ends well, or gives up clearly."""
+"""Failures are injected into real runs: the run rolls back, changes one thing and ends well."""
 
 import errno
 import multiprocessing
@@ -215,7 +215,7 @@ def test_a_run_that_was_never_diverse_has_not_collapsed() -> None:
 def test_a_stop_in_the_midst_of_a_rescue_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once after a first look at a collapse, which must be seen twice, and once after the run went back."""
+    """Once after a first sight of a collapse, which must be seen twice; once after a roll-back."""
     inject(monkeypatch, collapse, lambda nimg, stream: nimg >= 200 and stream == 0)
     for reached in (0.24, 0.32, 0.4):
         train_in_process(
@@ -260,7 +260,7 @@ def test_roll_backs_change_one_thing_each_and_what_helped_stays() -> None:
     assert recovery == RecoveryState(stream=4, lr=0.5, gamma=2.0, rollbacks=0, failure_nimg=100)
 
 
-# --- disks ----------------------------------------------------------------------------------------------------------
+# --- disks ---
 
 
 def full(*_: object) -> None:
@@ -270,7 +270,7 @@ def full(*_: object) -> None:
 def test_a_full_disk_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From 120 to 280 images nothing can be made durable; training goes on, and later checkpoints are there."""
+    """From 120 to 280 images no write succeeds; training continues and later ones do."""
 
     def around(step: Any, state: TrainState, *arguments: Any) -> Any:
         is_full = 120 <= state.cur_nimg < 280
@@ -360,7 +360,7 @@ def test_statistics_wait_for_a_disk_that_takes_them_again(
 
 
 def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
-    """A disk takes what it has room for and refuses the rest; a limit on the size of files does the same."""
+    """A full disk takes part of a write, and so does a limit on the size of files."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "lines.jsonl"
     append_line(path, '{"a": 1}')
@@ -380,7 +380,7 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_curves_are_whole_after_a_disk_was_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
-    """TensorBoard reads no further than half an event, so that what waited comes in a file of its own."""
+    """TensorBoard stops at half an event, so later curves come in a new file."""
     writer = vgan.runs.log_writer.TensorBoardFile
     real = getattr(writer, refused)
 
@@ -500,6 +500,7 @@ def test_the_best_checkpoint_does_not_put_off_the_next(tmp_path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_log_on_a_full_disk_costs_no_run(tmp_path: Path) -> None:
     command = [
@@ -519,7 +520,7 @@ def test_a_log_on_a_full_disk_costs_no_run(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] == 80
 
 
-# --- two runs in one folder -----------------------------------------------------------------------------------------
+# --- two runs in one folder ---
 
 
 def hold(folder: Path, held: Any, let_go: Any) -> None:
@@ -528,6 +529,7 @@ def hold(folder: Path, held: Any, let_go: Any) -> None:
         let_go.wait(60)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not_in_the_way(
     tmp_path: Path,
 ) -> None:
@@ -562,7 +564,7 @@ def test_a_file_system_without_locks_is_said_and_leaves_none(
             assert "its file system has no locks" in capsys.readouterr().out
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def test_a_batch_in_parts_is_the_same_batch(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_difference_comes_close_to_the_derivative(generator: torch.Generator) ->
 
 
 def test_linear_discriminator_has_its_weights_norm_as_penalty() -> None:
-    """||d (w . x) / dx||^2 = ||w||^2, also for a network without a jvp of its own; one pixel, so that one sign is exact."""
+    """||d (w . x) / dx||^2 = ||w||^2, without an own jvp; one pixel, so that one sign is exact."""
 
     class Linear(nn.Module):
         def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ seams.train_main()
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.soak)])
 def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
     """From the first line of the program to its last, checkpoints being written included."""
@@ -69,9 +70,10 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
     assert not list((tmp_path / "killed").glob("damaged-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a small file system of its own")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A file system of 1 MB in memory, where that may be mounted; otherwise a limit on the size of files."""
+    """A small file system in memory, where it may be mounted; else a limit on file sizes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and os.geteuid() == 0
@@ -103,6 +105,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
             subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_slow_disk_does_not_hold_up_the_steps(tmp_path: Path) -> None:
     process = start(tmp_path / "r", "checkpoint_kimg=0.2", "threads=1", code=SLOW_DISK)
     assert "Done" in process.communicate(timeout=300)[0]
@@ -112,6 +115,7 @@ def test_a_slow_disk_does_not_hold_up_the_steps(tmp_path: Path) -> None:
     assert max(waited) < 0.2  # 0.8 s of syncing in two checkpoints, on a run of about a second
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     jumping, steady = start(tmp_path / "jumping", code=JUMPING_CLOCK), start(tmp_path / "steady")
     for process in (jumping, steady):
@@ -119,6 +123,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "steady", tmp_path / "jumping")
 
 
+@pytest.mark.slow
 def test_checkpoint_minutes_bound_what_a_kill_costs(tmp_path: Path) -> None:
     process = start(
         tmp_path / "r", "checkpoint_kimg=100", "checkpoint_minutes=0.005", "total_kimg=4"
@@ -133,6 +138,7 @@ def test_checkpoint_minutes_bound_what_a_kill_costs(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.find(tmp_path / "r"))["cur_nimg"] < 4000
 
 
+@pytest.mark.slow
 def test_the_same_command_from_another_folder_and_python_hash(tmp_path: Path) -> None:
     """Nothing of a run depends on where it is started, or on the order of sets."""
     for seed in ("1", "2"):

@@ -30,6 +30,7 @@ def wait_for(run_dir: Path, cur_nimg: int, process: "subprocess.Popen[str]") -> 
     raise AssertionError(f"no checkpoint at {cur_nimg}: {process.communicate()[0]}")
 
 
+@pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = start(tmp_path / "whole")
     assert "Done" in whole.communicate()[0]
@@ -47,6 +48,7 @@ def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path) -
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 def test_a_signal_saves_at_the_next_step_and_the_same_command_ends_as_if_nothing_had_happened(
     tmp_path: Path,
