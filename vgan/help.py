@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from vgan.config import CONFIG_DIR, DataConfig, TrainConfig, explained_keys
+from vgan.runtime.errors import first_line
 
 INTROS = {
     "vgan-train": """vgan-train: train a GAN on images.
@@ -108,7 +109,7 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     text = " ".join(str(c) for c in causes)
-    reason = str(causes[-1]).splitlines()[0]
+    reason = first_line(causes[-1])
     if override := getattr(e, "override", None):  # set by Hydra's parser
         return f"{override}: cannot be parsed; give KEY=VALUE, in quotes for the shell"
     if option := re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text):

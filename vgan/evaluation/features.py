@@ -22,7 +22,7 @@ from vgan.data.source import Dataset
 from vgan.evaluation.metrics import moments
 from vgan.models.layers import ResidualBlock, count_stages, init_conv
 from vgan.runtime.distributed import print0
-from vgan.runtime.errors import UserError
+from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.files import load_cached, save_cached
 from vgan.runtime.images import to_float
 from vgan.runtime.instantiate import construct
@@ -86,9 +86,10 @@ def _download(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256)
         except (OSError, RuntimeError) as e:  # no network, or another digest
-            reason = str(e).splitlines()[0]
             fix = "give the file as features.weights=PATH, or use features=learned"
-            raise UserError(f"features=inception: {url} cannot be had ({reason}); {fix}") from e
+            raise UserError(
+                f"features=inception: {url} cannot be had ({first_line(e)}); {fix}"
+            ) from e
     return path
 
 

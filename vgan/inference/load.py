@@ -16,7 +16,7 @@ from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runs.log_reader import read_metrics
 from vgan.runtime.device import pick_device, pick_precision
-from vgan.runtime.errors import UserError
+from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.instantiate import construct_own
 from vgan.runtime.renamed import upgrade_config
 
@@ -75,8 +75,7 @@ def _restore(state: Mapping[str, Any], kind: str, key: str) -> Any:
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(problem.format(reason)) from e
+        raise UserError(problem.format(first_line(e))) from e
     if any(not isinstance(w, Tensor) or w.is_meta for w in network.state_dict().values()):
         raise UserError(problem.format("some are missing"))
     return network.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vgan.runs import checkpoint
-from vgan.runtime.errors import UserError
+from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.renamed import METRICS
 
 _MAX_BYTES = 100_000_000  # of one file
@@ -149,8 +149,7 @@ def _parse_config(text: str, path: Path) -> dict[str, Any]:
         config = yaml.safe_load(text)
         leaves = sum(1 for _ in checkpoint.walk(config))
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as YAML ({reason}); {fix}") from e
+        raise UserError(f"{path}: cannot be read as YAML ({first_line(e)}); {fix}") from e
     if not isinstance(config, dict) or not leaves:
         raise UserError(f"{path}: not the config of a run; {fix}")
     return config
@@ -171,7 +170,13 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, LookupError, RecursionError):
             continue
         if isinstance(cur_nimg, int) and 0 <= cur_nimg < 2**53:
-            lines.append({METRICS.get(key, key): value for key, value in line.items()})
+            lines.append({_current_name(key): value for key, value in line.items()})
     if damaged := len(texts) - len(lines):
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {path.name} left out")
     return lines
+
+
+def _current_name(metric: str) -> str:
+    """Return today's name of a metric or of its spread, such as copies_std."""
+    base = metric.removesuffix("_std")
+    return METRICS.get(base, base) + metric[len(base) :]
