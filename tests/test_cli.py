@@ -505,9 +505,16 @@ def test_checkpoint_of_another_model_or_of_other_data_is_refused(
     [None, ValueError("cannot parse the header"), RecursionError(), ImportError("numpy")],
 )
 def test_ctrl_c_before_the_first_step_is_not_lost(
-    run: Cli, monkeypatch: pytest.MonkeyPatch, swallowed: Exception | None
+    run: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    swallowed: Exception | None,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Importing and reading may swallow the exception, or raise another in its place."""
+
+    # A shell ignores Ctrl-C for what it starts in the background, such as this test run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(*args: Any) -> Any:
         with contextlib.suppress(KeyboardInterrupt):
