@@ -24,10 +24,7 @@ def d_objective(
     G: GeneratorBase, D: DiscriminatorBase, how: "Objective",
     gamma: Tensor, augment_p: Tensor, penalty_weight: int, batch: Batch,
 ) -> tuple[Tensor, Scalars]:  # fmt: skip
-    """Return D's loss () on a batch and its scalars. One graph without breaks in torch.compile.
-
-    R1 and R2 are taken at D's input, after augmentation. gamma () includes penalty_weight.
-    """
+    """Return D's loss () on a batch and its scalars; gamma () includes penalty_weight."""
     real, c, rng = batch
     with autocast(how.device, how.precision):
         with torch.no_grad():
@@ -38,7 +35,7 @@ def d_objective(
         if penalty_weight > 0:
             v = rng.signs("tangent", 2 * real[0].numel())
             v = torch.cat(v.chunk(2, dim=1)).view_as(images)
-            logits, grad_norm_sq = PENALTIES[how.penalty](D, images, cc, v)
+            logits, grad_norm_sq = PENALTIES[how.penalty](D, images, cc, v)  # at D's input
         else:
             logits, grad_norm_sq = D(images, cc), None
     logits_real, logits_fake = logits.float().chunk(2)

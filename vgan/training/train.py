@@ -51,10 +51,7 @@ def train(cfg: TrainConfig) -> Path:
 
 
 def loop(run: Run, evaluation: PeriodicEvaluation | None, stop: StopRequest) -> None:
-    """Train until total_kimg, a stop, or a failure that no roll-back helps.
-
-    Time is counted in images; intervals need not divide by the batch size.
-    """
+    """Train until total_kimg, a stop, or a failure that no roll-back helps; count in images."""
     state, flags, stopping = run.state, SharedFlags(2), False
     with (
         # Of several processes none may leave a step that the others are in.
