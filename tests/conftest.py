@@ -1,6 +1,7 @@
 """Tests run offline, on a CPU, and leave nothing outside their own folders."""
 
 import os
+import signal
 from pathlib import Path
 
 # One thread a process: several spin while they wait for cores that other processes keep busy.
@@ -13,6 +14,11 @@ import torch
 from vgan import cli
 
 cli.register_schemas()
+
+# What nohup and background jobs ignore would be ignored by the commands under test too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
