@@ -143,8 +143,8 @@ def roll_back(run: Run, failure: str) -> str:
         tried = "(watchdog.max_rollbacks=0)"
         if limit:
             tried = f"after {limit} roll-backs ({', '.join(CHANGES[:limit])})"
-        fix = "earlier checkpoints are kept; lower optim.lr_G and optim.lr_D, raise loss.gamma, "
-        fix += "or use precision=fp32"
+        fix = "earlier checkpoints are kept; lower optim.lr_G and optim.lr_D, raise loss.gamma "
+        fix += "with gamma=schedule, or use precision=fp32"
         message = f"training failed at {failed_at:,} images {tried}: {failure}"
         raise TrainingFailed(f"run_dir={run.run_dir}: {message}; {fix}")
     state = broadcast_from_rank0(lambda: _load_earlier(run.run_dir, earlier.rollbacks))
