@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,36 @@ from vgan.models.layers import (
     init_conv,
     run_layer,
 )
+from vgan.runtime.rng import Streams
+
+
+class Verdict(NamedTuple):
+    """What a judge says about a batch: logits at each scale, and their squared gradient norm."""
+
+    logits: list[Tensor]  # (N, 1, h, w), float32
+    grad_norm_sq: Tensor | None  # (N,), with respect to the features
 
 
 class DiscriminatorBase(nn.Module):
     """The base class of all discriminators: a network from images and classes to logits.
 
     forward(x, c): x (N, C, H, W) in [-1, 1]; c (N, label_dim) one-hot, or None if label_dim is 0.
-    Returns (N, 1, h, w). Optional: `jvp` (for penalty=jvp), `logit_map` and `receptive_field_px`.
+    Returns (N, 1, h, w). Optional: `jvp` (for penalty=jvp), `logit_map` and `receptive_field_px`;
+    with a judge_weight above 0, what `AidedDiscriminator` has besides.
     """
 
     label_dim: int
+    judge_weight: float = 0.0  # share of `judge` in the generator's loss
+    judge_gamma: float = 0.0
+    backbone_digest: str = ""
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def judge(self, x: Tensor, c: Tensor | None, rng: Streams | None = None) -> Verdict:
+        raise NotImplementedError
+
+    def load_backbone(self, images: Tensor) -> None:
         raise NotImplementedError
 
 

@@ -5,9 +5,10 @@ moments, for networks that do not fit one GPU; a checkpoint is the same either w
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from vgan.runtime.distributed import print0, world_size
 from vgan.runtime.errors import is_out_of_memory
 
 Scalars = dict[str, Tensor]
-LossFunction = Callable[[Batch], tuple[Tensor, Scalars]]
+LossFunction = partial[tuple[Tensor, Scalars]]  # of an objective; called with a batch
 NoSync = Callable[[], AbstractContextManager[Any]]
 
 
@@ -51,15 +52,14 @@ def optimize(
     loss_function: LossFunction,
     batch: Batch,
     micro_batches: MicroBatches,
-    no_sync: NoSync = nullcontext,
 ) -> Scalars:
     """Take one optimizer step on a batch's mean loss.
 
     Returns the scalars of loss_function, `grad_norm` (), and `broken` (): 1 where the loss or the
-    gradient was not finite. Backward passes inside `no_sync()` exchange no gradients between
-    processes; only the last micro-batch's does.
+    gradient was not finite. Under DDP only the last micro-batch exchanges gradients.
     """
     n, device = len(batch.real), batch.real.device
+    no_sync = getattr(loss_function.func, "no_sync", nullcontext)
     while True:
         try:
             parts = batch.split(micro_batches.count)
@@ -129,6 +129,19 @@ def _optimizer_step(
     scaler.step(optimizer)
 
 
+@contextmanager
+def without_gradients(network: nn.Module) -> Iterator[None]:
+    """Compute no gradients of a network's parameters inside the block."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: float) -> None:
     """Set the learning rate and Adam's second decay, where the optimizer has them."""
     for group in optimizer.param_groups:
@@ -160,9 +173,11 @@ class DDPObjective:
     def __init__(self, network: nn.Module, objective: Callable[..., Any]) -> None:
         # Filters of one channel have two equal strides in memory; torch warns of the other one.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        # No device_ids: inputs are on the right device already.
+        # No device_ids: inputs are on the right device already. Buffers are frozen weights.
         module = _ObjectiveModule(network, objective)
-        self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        self._ddp = DistributedDataParallel(
+            module, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         return self._ddp(*arguments)
@@ -179,5 +194,6 @@ def apply_fsdp(network: nn.Module) -> None:
         if isinstance(block, ResidualBlock):
             fully_shard(block)
     fully_shard(network)
-    if hasattr(network, "jvp"):
-        register_fsdp_forward_method(network, "jvp")
+    for name in ("jvp", "judge"):
+        if hasattr(network, name):
+            register_fsdp_forward_method(network, name)

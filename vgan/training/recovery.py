@@ -80,7 +80,13 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in names)
         changes = changes or f"the images of {state['data']['name']} were others"
         raise UserError(f"{where}: was trained on other data ({changes}); use another run_dir")
+    digest, known = run.identity.get("backbone"), state.get("backbone")
+    if digest != known and digest and known:
+        problem = f"was trained with other frozen weights (digest {known}, these have {digest})"
+        fix = "give the same file as model.discriminator.weights, or use another run_dir"
+        raise UserError(f"{where}: {problem}; {fix}")
     for config in (before, now):  # how it is computed, not what
+        config.pop("model.discriminator.weights", None)  # the digest counts, not the path
         config.pop("model.generator.gradient_checkpointing", None)
         config.pop("model.discriminator.gradient_checkpointing", None)
     # A setting that an earlier version did not know had no effect then, except in these.

@@ -27,6 +27,7 @@ from vgan.runtime.distributed import (
     world_size,
 )
 from vgan.runtime.errors import UserError
+from vgan.runtime.images import to_float
 from vgan.runtime.instantiate import construct, locate
 from vgan.runtime.nested import flatten
 from vgan.runtime.rng import Streams
@@ -45,6 +46,7 @@ from vgan.training.step import Objective
 
 # Settings that may differ between the processes of a run: places on a machine, and what only
 # rank 0 uses. Data sets are compared by their digest.
+BACKBONE_SAMPLE = 256  # images over which the features of a frozen backbone are standardised
 _PER_PROCESS = ("run_dir", "device", "threads", "precision", "data", "features")
 
 
@@ -134,15 +136,17 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
     require(dataset.stream is None or cfg.holdout == 0, "holdout", cfg.holdout, rule)
     sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
-    return Run(
-        cfg,
-        Path(cfg.run_dir).expanduser(),
-        dataset,
-        build_state(cfg, sizes, device, precision),
-        objective,
-        build_schedules(cfg, dataset.img_resolution),
-        identity={"config": config, "sizes": sizes, "data": data},
-    )
+    state = build_state(cfg, sizes, device, precision)
+    identity: dict[str, Any] = {"config": config, "sizes": sizes, "data": data}
+    if state.D.judge_weight > 0:
+        step = max(1, len(dataset.images) // BACKBONE_SAMPLE)
+        pixels = torch.tensor(dataset.images[::step][:BACKBONE_SAMPLE]).permute(0, 3, 1, 2)
+        with local_rank0_first():
+            state.D.load_backbone(to_float(pixels.to(device)))
+        identity["backbone"] = state.D.backbone_digest
+    schedules = build_schedules(cfg, dataset.img_resolution)
+    run_dir = Path(cfg.run_dir).expanduser()
+    return Run(cfg, run_dir, dataset, state, objective, schedules, identity)
 
 
 def build_objective(cfg: TrainConfig, device: torch.device, precision: str) -> Objective:

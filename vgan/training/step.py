@@ -1,7 +1,6 @@
 """One training step: what D and G minimise, their steps, and the moving average of G."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,8 +13,15 @@ from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.runtime.device import autocast
 from vgan.runtime.distributed import world_size
+from vgan.training.judge import add_g_judge_loss, d_judge_loss
 from vgan.training.losses import PENALTIES, Loss
-from vgan.training.optimize import MicroBatches, Scalars, optimize, set_hyperparameters
+from vgan.training.optimize import (
+    MicroBatches,
+    Scalars,
+    optimize,
+    set_hyperparameters,
+    without_gradients,
+)
 from vgan.training.schedules import HyperParameters
 from vgan.training.state import TrainState, update_ema
 
@@ -38,6 +44,7 @@ def d_objective(
             logits, grad_norm_sq = PENALTIES[how.penalty](D, images, cc, v)  # at D's input
         else:
             logits, grad_norm_sq = D(images, cc), None
+        judged, judge_scalars = d_judge_loss(D, how.d_loss, images, cc, rng, penalty_weight)
     logits_real, logits_fake = logits.float().chunk(2)
     loss = how.d_loss(logits_real, logits_fake)
     margin = (logits_real - logits_fake if how.relativistic else logits_real).detach()
@@ -49,7 +56,7 @@ def d_objective(
         loss = loss + gamma / 2 * (r1 + r2)
         scalars["loss/penalty"] = (gamma / penalty_weight / 2 * (r1 + r2)).detach()
         scalars |= {"penalty/r1": r1.detach(), "penalty/r2": r2.detach()}
-    return loss, scalars
+    return loss + judged, scalars | judge_scalars
 
 
 def g_objective(
@@ -58,13 +65,16 @@ def g_objective(
     """Return G's loss () on a batch and its scalars. One graph without breaks in torch.compile."""
     real, c, rng = batch
     with autocast(how.device, how.precision):
-        fake = G(rng.normal("z_g", G.z_dim), c).float()
-        logits_fake = D(how.augment(fake, augment_p, rng, "fake_g"), c).float()
-        logits_real = logits_fake.detach()
+        fake = G(rng.normal("z_g", G.z_dim), c).float()  # new: reusing D's step was no better
+        fake = how.augment(fake, augment_p, rng, "fake_g")
+        logits_fake = D(fake, c).float()
+        logits_real, seen = logits_fake.detach(), None
         if how.relativistic:
+            seen = how.augment(real, augment_p, rng, "real")
             with torch.no_grad():
-                logits_real = D(how.augment(real, augment_p, rng, "real"), c).float()
-    loss = how.g_loss(logits_real, logits_fake)  # new fakes: reusing D's step was no better
+                logits_real = D(seen, c).float()
+        loss = how.g_loss(logits_real, logits_fake)
+        loss = add_g_judge_loss(D, how.g_loss, loss, fake, seen, c)
     return loss, {"loss/G": loss.detach()}
 
 
@@ -98,10 +108,7 @@ def d_step(state: TrainState, how: Objective, batch: Batch, hp: HyperParameters)
     set_hyperparameters(state.opt_D, hp.lr_D, hp.beta2)
     gamma, augment_p = state.strength.tensors(hp, how.device)
     loss = partial(how.d, state.G, state.D, how, gamma, augment_p, hp.penalty_weight)
-    no_sync = getattr(how.d, "no_sync", nullcontext)
-    scalars = optimize(
-        state.D, state.opt_D, state.scaler_D, loss, batch, how.micro_batches, no_sync
-    )
+    scalars = optimize(state.D, state.opt_D, state.scaler_D, loss, batch, how.micro_batches)
     state.strength.update(scalars, len(batch.real) * world_size(), hp.penalty_weight)
     return scalars | {f"{name}/D": scalars.pop(name) for name in ("grad_norm", "broken")}
 
@@ -111,10 +118,6 @@ def g_step(state: TrainState, how: Objective, batch: Batch, hp: HyperParameters)
     set_hyperparameters(state.opt_G, hp.lr_G, hp.beta2)
     _, augment_p = state.strength.tensors(hp, how.device)
     loss = partial(how.g, state.G, state.D, how, augment_p)
-    no_sync = getattr(how.g, "no_sync", nullcontext)
-    state.D.requires_grad_(False)
-    scalars = optimize(
-        state.G, state.opt_G, state.scaler_G, loss, batch, how.micro_batches, no_sync
-    )
-    state.D.requires_grad_(True)
+    with without_gradients(state.D):
+        scalars = optimize(state.G, state.opt_G, state.scaler_G, loss, batch, how.micro_batches)
     return scalars | {f"{name}/G": scalars.pop(name) for name in ("grad_norm", "broken")}

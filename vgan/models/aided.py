@@ -1,0 +1,304 @@
+"""A patch discriminator aided by a judge on the features of a frozen, pretrained classifier."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from vgan.models.discriminator import Discriminator, Verdict
+from vgan.models.layers import BiasLeakyReLU, ResidualBlock, downsample2x, init_conv
+from vgan.runtime.errors import UserError, first_line
+from vgan.runtime.rng import Streams
+
+# Of each backbone the layers of `features` after which maps are taken: 1/4 to 1/32 of the width.
+TAPS = {
+    "mobilenet_v2": (3, 6, 13, 17),
+    "efficientnet_b0": (2, 3, 5, 7),
+    "convnext_tiny": (1, 3, 5, 7),
+}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
+
+
+class AidedDiscriminator(Discriminator):
+    """The PatchGAN `Discriminator` and, beside it, a judge that sees features instead of pixels.
+
+    The judge's features come from an ImageNet classifier of torchvision, which stays frozen. Maps
+    of four scales are standardised, mixed by fixed random convolutions from coarse to fine (Sauer
+    et al. 2021, "Projected GANs Converge Faster"), and each goes through a small trained head.
+    `judge` returns the heads' logits. Its gradient penalty is R1 and R2 with respect to the mixed
+    features, which takes the place of spectral normalisation.
+
+    The frozen weights are loaded by `load_backbone`, which training calls. They are in no
+    checkpoint, so that a checkpoint without them still shows its patch logits.
+
+    Args:
+        backbone: mobilenet_v2, efficientnet_b0 or convnext_tiny.
+        weights: auto downloads torchvision's weights once into torch's cache; else a file of them
+            (.pth or .safetensors), for machines without a network.
+        judge_px: side of the square to which images are resized for the backbone.
+        judge_weight: share of the judge in the generator's loss, from 0 to 1.
+        judge_gamma: weight of the judge's gradient penalty.
+        judge_width: channels of the mixed features.
+
+    All others as in `Discriminator`. Sources: Sauer et al. 2021; Kumari et al. 2022, "Ensembling
+    Off-the-shelf Models for GAN Training" (a frozen judge beside a discriminator of pixels).
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        widths: list[int],
+        img_channels: int = 3,
+        label_dim: int = 0,
+        embed_dim: int = 64,
+        backbone: str = "mobilenet_v2",
+        weights: str = "auto",
+        judge_px: int = 64,
+        judge_weight: float = 0.5,
+        judge_gamma: float = 1.0,
+        judge_width: int = 64,
+        blocks: int = 1,
+        expansion: int = 2,
+        conv: str = "separable",
+        patch_px: int | None = None,
+        logits_px: int = 4,
+        patch_size: int = 1,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            img_resolution, widths, img_channels, label_dim, blocks, expansion, conv, patch_px,
+            logits_px, embed_dim, patch_size, gradient_checkpointing,
+        )  # fmt: skip
+        if backbone not in TAPS:
+            raise ValueError(f"backbone={backbone}: unknown; use one of {', '.join(TAPS)}")
+        if judge_px % 32 or not 32 <= judge_px <= 512:
+            raise ValueError(f"judge_px={judge_px}: must be a multiple of 32 from 32 to 512")
+        if not 0 < judge_weight <= 1:
+            raise ValueError(f"judge_weight={judge_weight}: must be above 0 and at most 1")
+        self.backbone_name, self.weights, self.judge_px = backbone, weights, judge_px
+        self.judge_weight, self.judge_gamma = judge_weight, judge_gamma
+        self.backbone_digest = ""
+        self._backbone: Backbone | None = None
+        with torch.device("meta"):
+            channels = Backbone(backbone).channels
+        self.mixer = FeatureMixer(channels, judge_width)
+        self.heads = nn.ModuleList(Head(judge_width, label_dim, embed_dim) for _ in channels)
+
+    def load_backbone(self, images: Tensor) -> None:
+        """Load the frozen classifier, and standardise its features over `images`.
+
+        Raises UserError if the weights cannot be had or do not fit.
+        """
+        backbone = Backbone(self.backbone_name)
+        backbone.load(self.backbone_name, self.weights)
+        self.backbone_digest = backbone.digest()
+        backbone = backbone.fold().to(self.from_rgb.weight.device)
+        self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.no_grad():
+            maps = [self._maps(part) for part in images.split(32)]
+        self.mixer.standardise([torch.cat(scale) for scale in zip(*maps)])
+
+    def judge(self, x: Tensor, c: Tensor | None, rng: Streams | None = None) -> Verdict:
+        """Return the judge's logits on images (N, C, H, W) in [-1, 1] and one-hot c.
+
+        With `rng`, of N / 2 images, also an unbiased estimate of the squared gradient norm, as
+        `vgan.training.losses.jvp` does for pixels.
+        """
+        features = self.mixer(self._maps(x))
+        logits, norms = [], []
+        for i, (head, f) in enumerate(zip(self.heads, features)):
+            if rng is None:
+                logits.append(head(f, c))
+                continue
+            v = rng.signs(f"judge_{i}", 2 * f[0].numel())
+            v = torch.cat(v.chunk(2, dim=1)).view_as(f).to(f.dtype)
+            value, tangent = head(torch.cat([f, v]), c, pairs=True).chunk(2)
+            logits.append(value)
+            norms.append(tangent.square().mean(dim=(1, 2, 3)))
+        return Verdict(logits, torch.stack(norms).mean(dim=0) if norms else None)
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        assert self._backbone is not None, "load_backbone comes first"
+        if x.shape[-1] != self.judge_px:
+            size = (self.judge_px, self.judge_px)
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
+        return self._backbone(x.expand(-1, 3, -1, -1))
+
+
+class Backbone(nn.Module):
+    """The convolutional layers of a torchvision classifier: images -> maps at four scales.
+
+    Always in evaluation mode. `fold` turns its weights into buffers that no state_dict contains.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.taps = TAPS[name]
+        network = torchvision.models.get_model(name, weights=None)
+        self.features = network.features[: self.taps[-1] + 1]
+        self.channels = [last_channels(self.features[i]) for i in self.taps]
+        mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
+        self.register_buffer("gain", (0.5 / std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("offset", ((0.5 - mean) / std).view(1, 3, 1, 1), persistent=False)
+
+    gain: Tensor
+    offset: Tensor
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return maps (N, C, H, W) of `taps` from images (N, 3, H, W) in [-1, 1]."""
+        x = x * self.gain + self.offset
+        x = x.contiguous(memory_format=torch.channels_last)
+        maps = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps:
+                maps.append(x)
+        return maps
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(False)
+
+    def load(self, name: str, weights: str) -> None:
+        """Load torchvision's weights, or those of a file. Raises UserError."""
+        where = f"model.discriminator.weights={weights}"
+        if weights == "auto":
+            state = _download(name, where)
+        else:
+            state = _read(Path(weights).expanduser(), where)
+        prefix = "features."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        own = self.features.state_dict()
+        wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
+        if wrong:
+            fix = f"give torchvision's weights of {name}"
+            raise UserError(f"{where}: does not fit {name} (features.{wrong[0]}); {fix}")
+        self.features.load_state_dict({k: state[k] for k in own})
+        self.eval()
+
+    def digest(self) -> str:
+        """Return the first 16 digits of a SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.features.state_dict().items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def fold(self) -> "Backbone":
+        """Fold batch normalisation into the convolutions and freeze the weights; return self."""
+        for module in list(self.features.modules()):
+            if not isinstance(module, nn.Sequential):
+                continue
+            for i in range(len(module) - 1):
+                conv, norm = module[i], module[i + 1]
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    module[i], module[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        for module in self.features.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach(), persistent=False)
+            module._non_persistent_buffers_set |= set(module._buffers)
+        return self
+
+
+def last_channels(layer: nn.Module) -> int:
+    """Return the output channels of a layer: those of its last convolution or linear layer."""
+    convs = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    weight = convs[-1].weight
+    return weight.shape[0]
+
+
+def _download(name: str, where: str) -> dict[str, Tensor]:
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as e:  # no network, or another digest
+        fix = "give the file as model.discriminator.weights=PATH"
+        raise UserError(f"{where}: {weights.url} cannot be had ({first_line(e)}); {fix}") from e
+    return state
+
+
+def _read(path: Path, where: str) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as e:
+        fix = "give a .pth or .safetensors file of torchvision's weights"
+        raise UserError(f"{where}: cannot be read ({first_line(e)}); {fix}") from e
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{where}: holds no weights; give a file of torchvision's weights")
+    return state
+
+
+class FeatureMixer(nn.Module):
+    """Standardise feature maps and mix them over channels and scales by fixed random convolutions.
+
+    Without mixing, a generator can satisfy the judge on a few channels and ignore the others (Sauer
+    et al. 2021). All weights are buffers of the checkpoint, drawn once.
+    """
+
+    def __init__(self, channels: list[int], width: int) -> None:
+        super().__init__()
+        self.count = len(channels)
+        for i, n in enumerate(channels):
+            self.register_buffer(f"mean_{i}", torch.zeros(n))
+            self.register_buffer(f"std_{i}", torch.ones(n))
+            self.register_buffer(f"across_{i}", torch.randn(width, n, 1, 1) / math.sqrt(n))
+            scale = math.sqrt(width * 9)
+            self.register_buffer(f"down_{i}", torch.randn(width, width, 3, 3) / scale)
+
+    def standardise(self, maps: list[Tensor]) -> None:
+        """Take mean and deviation of every channel from maps of real images."""
+        for i, x in enumerate(maps):
+            getattr(self, f"mean_{i}").copy_(x.float().mean((0, 2, 3)))
+            getattr(self, f"std_{i}").copy_(x.float().std((0, 2, 3)).clamp_min(1e-3))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return maps (N, width, H, W), of the same scales, from the finest to the coarsest."""
+        mixed: list[Tensor] = []
+        for i in reversed(range(self.count)):
+            weight = getattr(self, f"across_{i}") / getattr(self, f"std_{i}")[:, None, None]
+            bias = -(weight[:, :, 0, 0] @ getattr(self, f"mean_{i}"))
+            x = F.conv2d(maps[i], weight.to(maps[i].dtype), bias.to(maps[i].dtype))
+            if mixed:
+                coarse = F.interpolate(mixed[0], x.shape[2:], mode="nearest")
+                x = (x + coarse) / math.sqrt(2)
+            x = F.conv2d(x, getattr(self, f"down_{i}").to(x.dtype), padding=1)
+            mixed.insert(0, x)
+        return mixed
+
+
+class Head(nn.Module):
+    """Features (N, width, H, W) -> logits (N, 1, h, w): a residual block and a projection."""
+
+    def __init__(self, width: int, label_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.block = ResidualBlock(width, "separable", 2, 1)
+        self.act = BiasLeakyReLU(width)
+        self.to_logit = init_conv(nn.Conv2d(width, 1, 1, bias=False), gain=1)
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.embed: nn.Linear | None = None
+        if label_dim:
+            self.to_embed = init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1)
+            self.embed = nn.Linear(label_dim, embed_dim, bias=False)
+            nn.init.normal_(self.embed.weight, std=1 / math.sqrt(embed_dim))
+
+    def forward(self, x: Tensor, c: Tensor | None, pairs: bool = False) -> Tensor:
+        x = self.block(x, pairs)
+        if x.shape[-1] > 4:
+            x = downsample2x(x)
+        x = self.act(x, pairs)
+        logits = self.to_logit(x).float()
+        if self.embed is not None and c is not None:
+            e = self.embed(c.repeat(2, 1) if pairs else c).float()
+            logits = logits + (self.to_embed(x).float() * e[:, :, None, None]).sum(1, keepdim=True)
+        if not pairs:
+            return logits + self.bias
+        value, tangent = logits.chunk(2)
+        return torch.cat([value + self.bias, tangent])
