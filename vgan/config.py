@@ -182,6 +182,8 @@ class TrainConfig:
         "folder of the run: config, statistics, grids, checkpoints; an existing run is resumed"
     )
     seed: int = key("seed of every random number of the run", at_least(0))
+    init: str | None = key(f"model to start from, of no higher resolution: {_CKPT}, or an export")
+    freeze_d: int = key("stages of D, from the pixels on, that keep their weights", at_least(0))
     device: str = key(_DEVICE)
     precision: str = key(_PRECISION, PRECISION)
     compile: str = key(

@@ -43,6 +43,8 @@ def resume(run: Run) -> None:
     if state is None:
         return
     check_settings(run, state)
+    if "init" in state:
+        run.identity["init"] = state["init"]
     try:
         run.state.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
@@ -98,6 +100,8 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         if k.startswith(("model.", "optim.optimizer._target_")) and k != "model.name":
             message = f"holds another model or optimizer ({change})"
             raise UserError(f"{where}: {message}; use another run_dir")
+        rule = f"was {before.get(k)}, and the run has begun with it; keep it or use another run_dir"
+        require(k != "init" or now[k] is None, k, now[k], rule)
         rule = f"was {before.get(k)}, and held-out images would change; keep it or use another"
         require(k != "holdout", k, now.get(k), f"{rule} run_dir")
     for k in sorted(changed | added):

@@ -1,7 +1,7 @@
 """Run: everything that training needs, built from the config before the first step."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from vgan.data.webdataset import ShardLoader
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.models.layers import fuse_depthwise
+from vgan.runs import checkpoint
 from vgan.runtime.device import keep_compiled, pick_compile, pick_depthwise
 from vgan.runtime.distributed import (
     all_gather,
     broadcast_from_rank0,
     local_rank0_first,
+    print0,
     rank,
     world_size,
 )
@@ -31,6 +33,7 @@ from vgan.runtime.images import to_float
 from vgan.runtime.instantiate import construct, locate
 from vgan.runtime.nested import flatten
 from vgan.runtime.rng import Streams
+from vgan.training.initialize import Source, freeze_stages, initialize, read_source
 from vgan.training.losses import LOSSES, RELATIVISTIC
 from vgan.training.optimize import DDPObjective, MicroBatches, apply_fsdp
 from vgan.training.schedules import (
@@ -136,8 +139,13 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
     require(dataset.stream is None or cfg.holdout == 0, "holdout", cfg.holdout, rule)
     sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
     data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
-    state = build_state(cfg, sizes, device, precision)
     identity: dict[str, Any] = {"config": config, "sizes": sizes, "data": data}
+    run_dir = Path(cfg.run_dir).expanduser()
+    init = None
+    if cfg.init and not broadcast_from_rank0(lambda: checkpoint.all_checkpoints(run_dir)):
+        init = read_source(cfg.init)
+        identity["init"] = init.digest
+    state = build_state(cfg, sizes, device, precision, init, dataset.label_names)
     if state.D.judge_weight > 0:
         step = max(1, len(dataset.images) // BACKBONE_SAMPLE)
         pixels = torch.tensor(dataset.images[::step][:BACKBONE_SAMPLE]).permute(0, 3, 1, 2)
@@ -145,7 +153,6 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
             state.D.load_backbone(to_float(pixels.to(device)))
         identity["backbone"] = state.D.backbone_digest
     schedules = build_schedules(cfg, dataset.img_resolution)
-    run_dir = Path(cfg.run_dir).expanduser()
     return Run(cfg, run_dir, dataset, state, objective, schedules, identity)
 
 
@@ -180,10 +187,23 @@ def build_schedules(cfg: TrainConfig, img_resolution: int) -> dict[str, Schedule
 
 
 def build_state(
-    cfg: TrainConfig, sizes: Mapping[str, int], device: torch.device, precision: str
+    cfg: TrainConfig,
+    sizes: Mapping[str, int],
+    device: torch.device,
+    precision: str,
+    init: Source | None = None,
+    labels: Sequence[str] = (),
 ) -> TrainState:
-    """Build the networks and their optimizers for data of `sizes`, on the device."""
+    """Build the networks and their optimizers for data of `sizes`, on the device.
+
+    With `init`, the networks of another run are copied as far as they fit; `labels` are the names
+    of the classes.
+    """
     G, D = build_networks(cfg, sizes)
+    if init is not None:
+        print0(initialize(G, D, init, tuple(labels)))
+    if cfg.freeze_d > 0:
+        freeze_stages(D, cfg.freeze_d)
     G, D = G.to(device), D.to(device)
     if pick_depthwise(cfg.depthwise, device) == "triton":
         fuse_depthwise(G)
@@ -227,7 +247,8 @@ def build_optimizer(cfg: TrainConfig, network: torch.nn.Module, lr: float) -> to
     node, betas = cfg.optim.optimizer, (cfg.optim.beta1, cfg.optim.beta2.start)
     known = inspect.signature(locate(node["_target_"], "optim.optimizer")).parameters
     scheduled = {k: v for k, v in (("lr", lr), ("betas", betas)) if k in known}
-    return construct(node, "optim.optimizer", params=list(network.parameters()), **scheduled)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return construct(node, "optim.optimizer", params=parameters, **scheduled)
 
 
 def prepare_step(run: Run) -> None:
