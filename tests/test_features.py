@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 import seams
 import torch
+import torchvision
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from vgan.data.folder import Folder
 from vgan.data.packed import pack
 from vgan.data.shapes import Shapes
 from vgan.data.source import Dataset
-from vgan.evaluation.features import ClassifierFeatures, Inception, quarter_turns, sha256
+from vgan.evaluation.features import (
+    ClassifierFeatures,
+    DINOv2,
+    ImageNetFeatures,
+    Inception,
+    quarter_turns,
+    sha256,
+)
 from vgan.runtime.errors import UserError
 
 
@@ -151,3 +159,33 @@ def test_inception_without_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> No
         UserError, match=r"needs torch-fidelity; pip install vgan\[eval\], or use features=learned"
     ):
         Inception()
+
+
+def test_imagenet_features_are_the_pooled_maps_of_torchvision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.mobilenet_v2(weights=None).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    features = ImageNetFeatures(weights=str(tmp_path / "weights.pth"))
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    with torch.no_grad():
+        expected = network.features(x).mean((2, 3))
+        values, logits = features(images)
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-5)
+    assert logits is None
+    assert "digest" in features.protocol
+
+
+def test_imagenet_weights_that_are_missing_are_named() -> None:
+    with pytest.raises(UserError, match=r"features.weights=nowhere.pth: cannot be read"):
+        ImageNetFeatures(weights="nowhere.pth")
+
+
+def test_dinov2_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.load", offline)
+    with pytest.raises(UserError, match=r"features=dinov2: cannot be had .Name.*features=learned"):
+        DINOv2()

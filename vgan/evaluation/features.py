@@ -20,6 +20,7 @@ from vgan.data.augment import Augment
 from vgan.data.loader import Loader
 from vgan.data.source import Dataset
 from vgan.evaluation.metrics import moments
+from vgan.models.backbone import Backbone
 from vgan.models.layers import ResidualBlock, count_stages, init_conv
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, first_line
@@ -106,6 +107,54 @@ def _sha256_of_file(path: Path) -> str:
 def sha256(content: bytes) -> str:
     """Return the SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+class ImageNetFeatures(nn.Module):
+    """Features of an ImageNet classifier of torchvision: the means of its last maps.
+
+    backbone: mobilenet_v2, efficientnet_b0 or convnext_tiny. weights: auto downloads torchvision's
+    once; else a file of them. Images are resized to 224 px. Distances compare with each other only,
+    never with a published FID.
+    """
+
+    SIZE = 224
+
+    def __init__(self, backbone: str = "mobilenet_v2", weights: str | None = None) -> None:
+        super().__init__()
+        last = {"mobilenet_v2": 18, "efficientnet_b0": 8}.get(backbone, 7)
+        network = Backbone(backbone, taps=[last])
+        digest = network.load(weights or "auto", "features.weights")
+        self.network = network.fold()
+        self.protocol = f"{backbone} of torchvision, digest {digest}, resized to {self.SIZE} px"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = F.interpolate(to_float(images), (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
+        return self.network(x.expand(-1, 3, -1, -1))[0].mean((2, 3)), None
+
+
+class DINOv2(nn.Module):
+    """The 384 features of DINOv2's ViT-S/14, through torch-fidelity and torch.hub.
+
+    They were learned without labels (Oquab et al. 2023), so they do not favour a generator that was
+    trained with a judge on ImageNet's classes (Kynkaanniemi et al. 2022).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+        except ModuleNotFoundError as e:
+            fix = "pip install torch-fidelity, or use features=learned"
+            raise UserError(f"features=dinov2: needs torch-fidelity 0.4; {fix}") from e
+        try:
+            self.network = FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
+        except (OSError, RuntimeError) as e:  # no network, or no space
+            fix = "use features=learned where there is no network"
+            raise UserError(f"features=dinov2: cannot be had ({first_line(e)}); {fix}") from e
+        self.protocol = "DINOv2 ViT-S/14 of torch-fidelity, 384 features, resized to 224 px"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network(images.expand(-1, 3, -1, -1))[0], None
 
 
 class ClassifierFeatures(nn.Module):

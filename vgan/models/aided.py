@@ -1,29 +1,15 @@
 """A patch discriminator aided by a judge on the features of a frozen, pretrained classifier."""
 
-import hashlib
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from vgan.models.backbone import Backbone
 from vgan.models.discriminator import Discriminator, Verdict
 from vgan.models.layers import BiasLeakyReLU, ResidualBlock, downsample2x, init_conv
-from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.rng import Streams
-
-# Of each backbone the layers of `features` after which maps are taken: 1/4 to 1/32 of the width.
-TAPS = {
-    "mobilenet_v2": (3, 6, 13, 17),
-    "efficientnet_b0": (2, 3, 5, 7),
-    "convnext_tiny": (1, 3, 5, 7),
-}
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 
 
 class AidedDiscriminator(Discriminator):
@@ -76,8 +62,6 @@ class AidedDiscriminator(Discriminator):
             img_resolution, widths, img_channels, label_dim, blocks, expansion, conv, patch_px,
             logits_px, embed_dim, patch_size, gradient_checkpointing,
         )  # fmt: skip
-        if backbone not in TAPS:
-            raise ValueError(f"backbone={backbone}: unknown; use one of {', '.join(TAPS)}")
         if judge_px % 32 or not 32 <= judge_px <= 512:
             raise ValueError(f"judge_px={judge_px}: must be a multiple of 32 from 32 to 512")
         if not 0 < judge_weight <= 1:
@@ -97,8 +81,7 @@ class AidedDiscriminator(Discriminator):
         Raises UserError if the weights cannot be had or do not fit.
         """
         backbone = Backbone(self.backbone_name)
-        backbone.load(self.backbone_name, self.weights)
-        self.backbone_digest = backbone.digest()
+        self.backbone_digest = backbone.load(self.weights, "model.discriminator.weights")
         backbone = backbone.fold().to(self.from_rgb.weight.device)
         self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
@@ -130,110 +113,6 @@ class AidedDiscriminator(Discriminator):
             size = (self.judge_px, self.judge_px)
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
         return self._backbone(x.expand(-1, 3, -1, -1))
-
-
-class Backbone(nn.Module):
-    """The convolutional layers of a torchvision classifier: images -> maps at four scales.
-
-    Always in evaluation mode. `fold` turns its weights into buffers that no state_dict contains.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.taps = TAPS[name]
-        network = torchvision.models.get_model(name, weights=None)
-        self.features = network.features[: self.taps[-1] + 1]
-        self.channels = [last_channels(self.features[i]) for i in self.taps]
-        mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
-        self.register_buffer("gain", (0.5 / std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("offset", ((0.5 - mean) / std).view(1, 3, 1, 1), persistent=False)
-
-    gain: Tensor
-    offset: Tensor
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Return maps (N, C, H, W) of `taps` from images (N, 3, H, W) in [-1, 1]."""
-        x = x * self.gain + self.offset
-        x = x.contiguous(memory_format=torch.channels_last)
-        maps = []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.taps:
-                maps.append(x)
-        return maps
-
-    def train(self, mode: bool = True) -> "Backbone":
-        return super().train(False)
-
-    def load(self, name: str, weights: str) -> None:
-        """Load torchvision's weights, or those of a file. Raises UserError."""
-        where = f"model.discriminator.weights={weights}"
-        if weights == "auto":
-            state = _download(name, where)
-        else:
-            state = _read(Path(weights).expanduser(), where)
-        prefix = "features."
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        own = self.features.state_dict()
-        wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
-        if wrong:
-            fix = f"give torchvision's weights of {name}"
-            raise UserError(f"{where}: does not fit {name} (features.{wrong[0]}); {fix}")
-        self.features.load_state_dict({k: state[k] for k in own})
-        self.eval()
-
-    def digest(self) -> str:
-        """Return the first 16 digits of a SHA-256 of the weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.features.state_dict().items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def fold(self) -> "Backbone":
-        """Fold batch normalisation into the convolutions and freeze the weights; return self."""
-        for module in list(self.features.modules()):
-            if not isinstance(module, nn.Sequential):
-                continue
-            for i in range(len(module) - 1):
-                conv, norm = module[i], module[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    module[i], module[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-        for module in self.features.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach(), persistent=False)
-            module._non_persistent_buffers_set |= set(module._buffers)
-        return self
-
-
-def last_channels(layer: nn.Module) -> int:
-    """Return the output channels of a layer: those of its last convolution or linear layer."""
-    convs = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    weight = convs[-1].weight
-    return weight.shape[0]
-
-
-def _download(name: str, where: str) -> dict[str, Tensor]:
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as e:  # no network, or another digest
-        fix = "give the file as model.discriminator.weights=PATH"
-        raise UserError(f"{where}: {weights.url} cannot be had ({first_line(e)}); {fix}") from e
-    return state
-
-
-def _read(path: Path, where: str) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as e:
-        fix = "give a .pth or .safetensors file of torchvision's weights"
-        raise UserError(f"{where}: cannot be read ({first_line(e)}); {fix}") from e
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{where}: holds no weights; give a file of torchvision's weights")
-    return state
 
 
 class FeatureMixer(nn.Module):
