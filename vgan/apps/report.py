@@ -18,6 +18,7 @@ from vgan.apps.evaluations import evaluations
 from vgan.apps.templates import Embedded, asset, digest, embed_png, render
 from vgan.config import ReportConfig
 from vgan.runs.log_reader import RunLog, number, read_run
+from vgan.runtime.console import duration
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
 from vgan.runtime.nested import flatten
@@ -144,7 +145,7 @@ def _facts(log: RunLog) -> dict[str, str]:
         "Parameters": _NOT_RECORDED,
         "Data": _data(log, start),
         "Images seen": f"{log.cur_nimg:,}" + (f" of {1000 * total:,.0f}" if total else ""),
-        "Time": _duration(log.seconds),
+        "Time": duration(log.seconds),
         "Speed": _NOT_RECORDED,
         "Hardware": _NOT_RECORDED,
         "Versions": _NOT_RECORDED,
@@ -173,12 +174,6 @@ def _data(log: RunLog, start: dict[str, Any]) -> str:
 
 def _count(count: float) -> str:
     return f"{count:,.0f}" if count < 1e6 else f"{count / 1e6:,.1f} M"
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {s:02d} s"
 
 
 def _differences(logs: Sequence[RunLog]) -> list[tuple[str, list[str | None]]]:

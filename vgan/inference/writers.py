@@ -1,12 +1,11 @@
 """Image and film files: PNG, npy, zip, GIF, WebP and MP4. The same images give the same bytes."""
 
 import io
-import os
 import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from vgan.runtime.console import progress_bar
 from vgan.runtime.errors import UserError
-from vgan.runtime.files import PngWriter, png_bytes, write_atomically, write_png
+from vgan.runtime.files import PngWriter, atomic_path, png_bytes, write_atomically, write_png
 from vgan.runtime.images import enlarge, grid
 
 STILLS = (".png", ".npy", ".zip")
@@ -91,18 +90,13 @@ def _write_array(file: IO[bytes], count: int, batches: Iterable[Tensor]) -> None
 @contextmanager
 def _open_atomically(out: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that is renamed to `out` on success."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_path(out) as temporary, open(temporary, "wb") as file:
             yield file
-        os.replace(temporary, out)
     except OSError as e:
         fix = "free space or choose another folder"
         raise UserError(f"out={out}: cannot be written ({e.strerror}); {fix}") from e
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def require_film_writer(out: Path) -> None:

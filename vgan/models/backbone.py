@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,6 +32,9 @@ class Backbone(nn.Module):
         super().__init__()
         if name not in TAPS:
             raise ValueError(f"backbone={name}: unknown; use one of {', '.join(TAPS)}")
+        # Imported here because it brings torch's compiler along, which takes seconds.
+        import torchvision
+
         self.name = name
         network = torchvision.models.get_model(name, weights=None)
         self.taps = tuple(taps or TAPS[name])
@@ -109,6 +111,8 @@ def last_channels(layer: nn.Module) -> int:
 
 
 def _download(name: str, key: str) -> dict[str, Tensor]:
+    import torchvision
+
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from vgan.runs import checkpoint_v2
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, is_out_of_memory
+from vgan.runtime.files import atomic_path
 from vgan.runtime.renamed import upgrade_config
 
 FORMAT = 3  # 1 and 2 were zip archives of torch.save; see checkpoint_v2
@@ -114,16 +115,11 @@ def _write(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, "", tensors))
     metadata = {"format": f"{_MAGIC} {FORMAT}", "sha256": digest(state, tree), "state": tree}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _make_room(path: Path, tensor_bytes: int) -> None:
