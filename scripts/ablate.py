@@ -1,11 +1,14 @@
-"""Compare the generators at equal parameters and equal training time: does each layer help?
+"""Compare generators, or any settings, at equal training time.
 
     uv run python scripts/ablate.py --minutes 3 --seeds 3 --out outputs/ladder
     uv run python scripts/ablate.py data=cifar10 size=m batch_size=256 --minutes 10
     uv run python scripts/ablate.py --minutes 3 --jobs 2 threads=1       # two runs side by side
+    uv run python scripts/ablate.py experiment=few data.path=images size=xs --minutes 9 \\
+        --variant "lr 5e-4" "size.lr=5e-4 size.lr_end=1e-4" --variant "lr 4e-3" ""
 
-Takes vgan-train's overrides for all generators. Channels are scaled in steps of 8 until a
-generator has as many parameters as attn's. Images per second are measured on this machine, one
+Takes vgan-train's overrides for all rows. The rows are the generators of `model=`, their channels
+scaled in steps of 8 until each has as many parameters as attn's; or, with --variant, what the
+variants say. Images per second are measured on this machine, one
 generator after another, and each gets as many images as fit the minutes, so that a slower machine
 changes the budget but not the comparison. Writes ladder.md, ladder.json and, with matplotlib,
 ladder.png; evaluates as vgan-eval does. The same command resumes: finished parts are kept.
@@ -14,6 +17,7 @@ ladder.png; evaluates as vgan-eval does. The same command resumes: finished part
 import argparse
 import bisect
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -182,6 +186,11 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Return the run folder of a row and a seed."""
+    return out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{seed}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,7 +202,11 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--n", type=int, default=10_000, help="fakes for the distance")
-    parser.add_argument("--rungs", default=",".join(RUNGS))
+    parser.add_argument("--rungs", default=",".join(RUNGS), help="which generators")
+    parser.add_argument(
+        "--variant", nargs=2, action="append", default=[], metavar=("NAME", "OVERRIDES"),
+        help="a row with these overrides, instead of the generators",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"))
     args = parser.parse_intermixed_args()  # overrides may stand before and after options
     args.out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +214,10 @@ def main() -> None:
     if plan_path.exists():
         rows = json.loads(plan_path.read_text())
     else:
-        rows = {rung: describe(matched(rung, args.overrides)) for rung in args.rungs.split(",")}
+        variants = {name: [*args.overrides, *words.split()] for name, words in args.variant}
+        if not variants:
+            variants = {rung: matched(rung, args.overrides) for rung in args.rungs.split(",")}
+        rows = {name: describe(overrides) for name, overrides in variants.items()}
         rates: dict[str, list[float]] = {rung: [] for rung in rows}
         for _ in range(3):
             for rung, row in rows.items():
@@ -219,10 +235,10 @@ def main() -> None:
                 f"total_kimg={row['nimg'] / 1000:g}",
             ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: train(jobs[job], args.out / f"{job[0]}-{job[1]}"), jobs))
+        list(pool.map(lambda job: train(jobs[job], folder_of(args.out, *job)), jobs))
     for rung, row in rows.items():
         row["scores"] = [
-            judge(args.out / f"{rung}-{s}", jobs[rung, s], args.n) for s in range(args.seeds)
+            judge(folder_of(args.out, rung, s), jobs[rung, s], args.n) for s in range(args.seeds)
         ]
     (args.out / "ladder.json").write_text(json.dumps(rows, indent=1))
     what = " ".join(args.overrides) or "the embedded default"

@@ -98,9 +98,9 @@ class SizeConfig:
     gradient_checkpointing: bool = key(
         "recompute activations in the backward pass: less memory, a third more time"
     )
-    attention_resolutions: list[int] = key(
-        "resolutions in px of the stages with attention, if the model uses it"
-    )
+    attention_resolutions: list[int] = key("px of the stages with attention, if the model uses it")
+    lr: float = key("learning rate that suits the widths, at the start", above(0))
+    lr_end: float = key("the same at the end", above(0))
 
 
 @dataclass
