@@ -10,14 +10,12 @@ import os
 import ssl
 import tarfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlparse
 
 import fsspec
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
@@ -37,14 +35,10 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirecto
 # Names of network errors: of aiohttp (twice), botocore, httpx and fsspec; of Python and requests.
 _NETWORK_ERRORS = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
 _NETWORK_ERRORS |= {"TransportError", "FSTimeoutError", "ConnectionError", "TimeoutError"}
-T = TypeVar("T")
 
 
 class LoadingCancelled(Exception):
     """Reading ended early because the loader was closed or the run was asked to stop."""
-
-
-_FINAL = (UserError, LoadingCancelled)  # errors that no further attempt mends
 
 
 class Identity(NamedTuple):
@@ -94,7 +88,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
             timeout = ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}  # proxies
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as e:
         extra = EXTRAS.get(protocol, "webdataset")
         raise UserError(f"data.urls={url}: needs a client; pip install 'vgan[{extra}]'") from e
@@ -139,70 +133,55 @@ def is_temporary(e: BaseException | None) -> bool:
 
 
 class Retries:
-    """Repeated attempts to read shards, for all threads of a data set.
+    """Attempts to read a shard, as in `while not done: with retries: ...`.
 
-    What may pass (`is_temporary`) is retried for about five minutes with growing pauses, which is
-    reported once; anything else three times. `pause(closed, seconds)` waits and returns whether
-    `closed` was set.
+    The block ends in silence, after a pause, where another attempt is to follow. What may pass
+    (`is_temporary`) is tried for about five minutes with growing pauses, anything else three times;
+    then UserError is raised, LoadingCancelled once `closed` is set.
+
+    Args:
+        waiting: shards that have failed repeatedly, of all threads of a data set. The first of them
+            is reported.
     """
 
-    pause = staticmethod(Event.wait)
+    pause = staticmethod(Event.wait)  # pause(closed, seconds) returns whether `closed` was set
+    _lock = Lock()
 
-    def __init__(self) -> None:
-        self._waiting: set[str] = set()
-        self._lock = Lock()
+    def __init__(self, url: str, closed: Event, waiting: set[str]) -> None:
+        self._url, self._closed, self._waiting = url, closed, waiting
+        self._failures = 0  # since the last success
 
-    def __call__(self, url: str, read: Callable[[], T], closed: Event) -> T:
-        """Return read(); raise UserError if it keeps failing, LoadingCancelled once closed."""
+    def succeed(self) -> None:
+        """Count failures from 0 again."""
+        self._failures = 0
+        self._waiting.discard(self._url)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, e: BaseException | None, trace: object) -> bool:
+        if e is None:
+            self.succeed()
         # Each file system raises errors of its own client, so no list of types is complete.
-        retrying = Retrying(
-            retry=retry_if_exception(
-                lambda e: isinstance(e, Exception) and not isinstance(e, _FINAL)
-            ),
-            stop=_is_last_attempt,
-            wait=wait_exponential(max=MAX_PAUSE_S),
-            sleep=partial(self._sleep, closed),
-            before_sleep=partial(self._report, url),
-            retry_error_callback=partial(_give_up, url),
-        )
-        result: T = retrying(read)
-        self._waiting.discard(url)
-        return result
-
-    def _sleep(self, closed: Event, seconds: float) -> None:
-        if self.pause(closed, seconds):
+        if not isinstance(e, Exception) or isinstance(e, (UserError, LoadingCancelled)):
+            return False
+        self._failures += 1
+        reason = " ".join(str(e).split()) or type(e).__name__
+        failure = f"data.urls: {self._url} cannot be read ({reason})"
+        attempts, fix = ATTEMPTS, "repair or leave out the shard"
+        if is_temporary(e):
+            attempts = OUTAGE_ATTEMPTS
+            fix = "check the server or disk, then run the same command to resume"
+        if self._failures >= attempts:
+            raise UserError(f"{failure}; {fix}") from e
+        if is_temporary(e) and self._failures > 1:  # what one more attempt mends is not reported
+            with self._lock:
+                if not self._waiting:
+                    print(f"\n{failure}; retrying for 5 minutes", flush=True)
+                self._waiting.add(self._url)
+        if self.pause(self._closed, min(2 ** (self._failures - 1), MAX_PAUSE_S)):
             raise LoadingCancelled
-
-    def _report(self, url: str, state: RetryCallState) -> None:
-        # What the second attempt mends is not worth a line.
-        if state.attempt_number < 2 or not is_temporary(_error(state)):
-            return
-        with self._lock:
-            if not self._waiting:
-                print(f"\n{_failure(url, state)}; retrying for 5 minutes", flush=True)
-            self._waiting.add(url)
-
-
-def _is_last_attempt(state: RetryCallState) -> bool:
-    attempts = OUTAGE_ATTEMPTS if is_temporary(_error(state)) else ATTEMPTS
-    return state.attempt_number >= attempts
-
-
-def _error(state: RetryCallState) -> BaseException:
-    assert state.outcome is not None
-    return cast(BaseException, state.outcome.exception())
-
-
-def _failure(url: str, state: RetryCallState) -> str:
-    reason = " ".join(str(_error(state)).split()) or type(_error(state)).__name__
-    return f"data.urls: {url} cannot be read ({reason})"
-
-
-def _give_up(url: str, state: RetryCallState) -> NoReturn:
-    fix = "repair or leave out the shard"
-    if is_temporary(_error(state)):
-        fix = "check the server or disk, then run the same command to resume"
-    raise UserError(f"{_failure(url, state)}; {fix}") from _error(state)
+        return True
 
 
 class ShardCounts:

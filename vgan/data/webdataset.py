@@ -78,7 +78,7 @@ class Shards(Source):
         self._count = sample
         self._first: list[Sample | Examined | BadImage] = []
         self._identities: dict[str, Identity] = {}  # as last seen by this process
-        self._retries = Retries()
+        self._waiting: set[str] = set()  # see Retries
 
     def __len__(self) -> int:
         return len(self._first_samples())
@@ -107,9 +107,10 @@ class Shards(Source):
 
     def identity(self, url: str, closed: Event) -> Identity:
         """Return a shard's identity as this process last saw it; waits and raises as `samples`."""
-        if url not in self._identities:
-            look = partial(shards.identity, url)
-            self._identities[url] = self._retries(url, look, closed)
+        retries = Retries(url, closed, self._waiting)
+        while url not in self._identities:
+            with retries:
+                self._identities[url] = shards.identity(url)
         return self._identities[url]
 
     def samples(self, url: str, closed: Event | None = None) -> Iterator[Sample]:
@@ -119,25 +120,19 @@ class Shards(Source):
         archives that are damaged or cut short, LoadingCancelled once `closed` is set.
         """
         closed = closed or Event()
-        count, now = 0, Identity("", "")
-        opened: Iterator[Sample] | None = None
-
-        def read_next() -> Sample | None:
-            nonlocal count, now, opened
-            samples, opened = opened, None
-            if samples is None:  # at first and after a failure
+        retries = Retries(url, closed, self._waiting)
+        count, now, ended = 0, Identity("", ""), False
+        while not ended:
+            with retries:
                 before, now = now, shards.identity(url)
                 if count and now.size != before.size:
                     fix = "run the same command to resume"
                     raise UserError(f"data.urls: {url} was changed while it was read; {fix}")
-                samples = islice(_read(url, bool(self.label_names), closed), count, None)
-            sample = next(samples, None)
-            opened = samples  # not reached after a failure
-            count += 1
-            return sample
-
-        while sample := self._retries(url, read_next, closed):
-            yield sample
+                for sample in islice(_read(url, bool(self.label_names), closed), count, None):
+                    count += 1
+                    retries.succeed()
+                    yield sample
+                ended = True
         self._identities[url] = now
 
     def decode(self, sample: Sample) -> Examined:
