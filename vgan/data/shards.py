@@ -7,44 +7,38 @@ import hashlib
 import io
 import json
 import os
+import re
 import ssl
 import tarfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlparse
 
 import fsspec
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
 
 ATTEMPTS = 3  # to read a shard that is damaged or missing
 OUTAGE_ATTEMPTS = 11  # to reach a server: with pauses of 1, 2, 4, ..., 60, 60 s about 5 minutes
-MAX_PAUSE_S = 60
 TIMEOUT_S = 15.0  # a server that sends nothing for so long has failed
 EXTRAS = {"s3": "s3", "gs": "gcs", "hf": "hf"}  # extras of vgan that install clients
 _PROTOCOLS = ("", "http", "https", "memory", *EXTRAS)
-_BLOCK = 4_000_000  # bytes of one request to an object store
 _ENDS = 64 * 1024  # bytes at either end of a file that identify it where nothing else does
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id")  # by which file systems report a version
 _MAX_HEADER = 1_000_000  # bytes of the long names and attributes of one member
 _METADATA_TYPES = (b"x", b"g", b"X", b"L", b"K")  # tarfile holds such headers in memory
+_RESERVED = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves for itself
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Names of network errors: of aiohttp (twice), botocore, httpx and fsspec; of Python and requests.
 _NETWORK_ERRORS = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
 _NETWORK_ERRORS |= {"TransportError", "FSTimeoutError", "ConnectionError", "TimeoutError"}
-T = TypeVar("T")
 
 
 class LoadingCancelled(Exception):
     """Reading ended early because the loader was closed or the run was asked to stop."""
-
-
-_FINAL = (UserError, LoadingCancelled)  # errors that no further attempt mends
 
 
 class Identity(NamedTuple):
@@ -55,8 +49,7 @@ class Identity(NamedTuple):
 
     def matches(self, other: "Identity") -> bool:
         """Return whether both may be the same file, as far as is known of them."""
-        pairs = zip(self, other, strict=True)
-        return all(a == b or not a or not b for a, b in pairs)
+        return all(a == b or not a or not b for a, b in zip(self, other))
 
 
 def expand_urls(urls: str) -> list[str]:
@@ -67,14 +60,15 @@ def expand_urls(urls: str) -> list[str]:
         raise UserError("data=webdataset: needs webdataset; pip install 'vgan[webdataset]'") from e
     expanded = [os.path.expanduser(url) for url in expand_urls(urls)]
     for url in expanded:
-        if protocol_of(url) not in _PROTOCOLS:
+        protocol = protocol_of(url)
+        if protocol not in _PROTOCOLS:
             rule = "must begin with http://, https://, s3://, gs:// or hf://, or be a path"
             raise UserError(f"data.urls={urls}: {url} {rule}")
-        if not protocol_of(url) and not Path(url).is_file():
+        if protocol:
+            file_system(url)  # raises where its client is not installed
+        elif not Path(url).is_file():
             fix = "{0000..0099} stands for numbers of four digits"
             raise UserError(f"data.urls={urls}: no such file {url}; {fix}")
-        if protocol_of(url):
-            file_system(url)  # raises where its client is not installed
     return expanded
 
 
@@ -87,14 +81,14 @@ def protocol_of(url: str) -> str:
 def file_system(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of an address and the path in it."""
     protocol = protocol_of(url)
-    options: dict[str, Any] = {}
     try:
-        if protocol in ("http", "https"):
-            from aiohttp import ClientTimeout
+        if protocol not in ("http", "https"):
+            return fsspec.core.url_to_fs(url)
+        from aiohttp import ClientTimeout
 
-            timeout = ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
-            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}  # proxies
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
+        timeout = ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
+        client = {"timeout": timeout, "trust_env": True}  # which has proxies
+        return fsspec.core.url_to_fs(url, client_kwargs=client)
     except ImportError as e:
         extra = EXTRAS.get(protocol, "webdataset")
         raise UserError(f"data.urls={url}: needs a client; pip install 'vgan[{extra}]'") from e
@@ -103,7 +97,7 @@ def file_system(url: str) -> tuple[Any, str]:
 def open_shard(url: str) -> io.BufferedReader:
     """Open a shard for reading from its first byte to its last."""
     fs, path = file_system(url)
-    options: dict[str, Any] = {"block_size": _BLOCK, "cache_type": "readahead"}
+    options: dict[str, Any] = {"block_size": 4_000_000, "cache_type": "readahead"}
     if protocol_of(url) in ("http", "https"):  # one request, whose answer is read as it arrives
         options = {"block_size": 0, "size": 1, "headers": {"Accept-Encoding": "identity"}}
     return io.BufferedReader(fs.open(path, "rb", **options), _ENDS)
@@ -126,7 +120,7 @@ def identity(url: str) -> Identity:
     return Identity(size, version)
 
 
-def is_temporary(e: BaseException | None) -> bool:
+def is_temporary(e: Exception) -> bool:
     """Return whether an error may pass: a server or network is down, nothing missing or damaged."""
     status = getattr(e, "status", None) or getattr(getattr(e, "response", e), "status_code", None)
     if isinstance(status, int):
@@ -139,70 +133,51 @@ def is_temporary(e: BaseException | None) -> bool:
 
 
 class Retries:
-    """Repeated attempts to read shards, for all threads of a data set.
+    """Attempts to read a shard, as in `while not done: with retries: ...`.
 
-    What may pass (`is_temporary`) is retried for about five minutes with growing pauses, which is
-    reported once; anything else three times. `pause(closed, seconds)` waits and returns whether
-    `closed` was set.
+    A block that fails is left in silence, after a pause, unless it was the last attempt: what may
+    pass (`is_temporary`) is tried for about five minutes, anything else three times. Raises
+    UserError, or LoadingCancelled once `closed` is set.
     """
 
-    pause = staticmethod(Event.wait)
+    pause = staticmethod(Event.wait)  # pause(closed, seconds) returns whether `closed` was set
+    _lock = Lock()
 
-    def __init__(self) -> None:
-        self._waiting: set[str] = set()
-        self._lock = Lock()
+    def __init__(self, url: str, closed: Event, waiting: set[str]) -> None:
+        self._url, self._closed = url, closed
+        self._waiting = waiting  # shards of the data set whose server is down; one is reported
+        self._failures = 0  # since the last success
 
-    def __call__(self, url: str, read: Callable[[], T], closed: Event) -> T:
-        """Return read(); raise UserError if it keeps failing, LoadingCancelled once closed."""
+    def succeed(self) -> None:
+        """Count failures from 0 again."""
+        self._failures = 0
+        self._waiting.discard(self._url)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, e: BaseException | None, trace: object) -> bool:
+        if e is None:
+            self.succeed()
         # Each file system raises errors of its own client, so no list of types is complete.
-        retrying = Retrying(
-            retry=retry_if_exception(
-                lambda e: isinstance(e, Exception) and not isinstance(e, _FINAL)
-            ),
-            stop=_is_last_attempt,
-            wait=wait_exponential(max=MAX_PAUSE_S),
-            sleep=partial(self._sleep, closed),
-            before_sleep=partial(self._report, url),
-            retry_error_callback=partial(_give_up, url),
-        )
-        result: T = retrying(read)
-        self._waiting.discard(url)
-        return result
-
-    def _sleep(self, closed: Event, seconds: float) -> None:
-        if self.pause(closed, seconds):
+        if not isinstance(e, Exception) or isinstance(e, (UserError, LoadingCancelled)):
+            return False
+        self._failures += 1
+        reason = " ".join(str(e).split()) or type(e).__name__
+        failure = f"data.urls: {self._url} cannot be read ({reason})"
+        attempts, fix = ATTEMPTS, "repair or leave out the shard"
+        if is_temporary(e):
+            attempts = OUTAGE_ATTEMPTS
+            fix = "check the server or disk, then run the same command to resume"
+        if self._failures >= attempts:
+            raise UserError(f"{failure}; {fix}") from e
+        if is_temporary(e) and self._failures > 1:  # what the second attempt mends is not reported
+            with self._lock:
+                if not self._waiting:
+                    print(f"\n{failure}; retrying for 5 minutes", flush=True)
+                self._waiting.add(self._url)
+        if self.pause(self._closed, min(2 ** (self._failures - 1), 60)):
             raise LoadingCancelled
-
-    def _report(self, url: str, state: RetryCallState) -> None:
-        # What the second attempt mends is not worth a line.
-        if state.attempt_number < 2 or not is_temporary(_error(state)):
-            return
-        with self._lock:
-            if not self._waiting:
-                print(f"\n{_failure(url, state)}; retrying for 5 minutes", flush=True)
-            self._waiting.add(url)
-
-
-def _is_last_attempt(state: RetryCallState) -> bool:
-    attempts = OUTAGE_ATTEMPTS if is_temporary(_error(state)) else ATTEMPTS
-    return state.attempt_number >= attempts
-
-
-def _error(state: RetryCallState) -> BaseException:
-    assert state.outcome is not None
-    return cast(BaseException, state.outcome.exception())
-
-
-def _failure(url: str, state: RetryCallState) -> str:
-    reason = " ".join(str(_error(state)).split()) or type(_error(state)).__name__
-    return f"data.urls: {url} cannot be read ({reason})"
-
-
-def _give_up(url: str, state: RetryCallState) -> NoReturn:
-    fix = "repair or leave out the shard"
-    if is_temporary(_error(state)):
-        fix = "check the server or disk, then run the same command to resume"
-    raise UserError(f"{_failure(url, state)}; {fix}") from _error(state)
+        return True
 
 
 class ShardCounts:
@@ -232,15 +207,10 @@ class ShardCounts:
     def put(self, url: str, count: int) -> None:
         """Keep the number of images of a shard that was just read to its end."""
         row = (count, *self._identify(url))
-        with self._lock:
+        with self._lock, contextlib.suppress(UserError):  # a full disk costs reading next time
             if self._known.get(url) != row:
                 self._known[url] = row
-                with contextlib.suppress(UserError):  # a full disk costs some reading next time
-                    write_atomically(self._path, json.dumps(self._known).encode())
-
-
-class _EndOfShard(tarfile.ReadError):
-    """No byte is left."""
+                write_atomically(self._path, json.dumps(self._known).encode())
 
 
 class TarStream:
@@ -262,10 +232,10 @@ class TarStream:
             raise tarfile.ReadError("xz is not supported; use tar, tar.gz or tar.bz2")
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes, at least one; raise TarError at the end."""
+        """Return up to `size` bytes, at least one; raise ReadError at the end."""
         data: bytes = self._file.read(size)
         if not data:
-            raise _EndOfShard("it ends too early")
+            raise tarfile.ReadError("it ends too early")
         filled = len(data.rstrip(b"\0"))
         self._filled = self._count + filled if filled else self._filled
         self._count += len(data)
@@ -273,7 +243,7 @@ class TarStream:
 
     def check_end(self, end: int) -> None:
         """Read on to the end; raise ReadError unless only zeros follow, two blocks or more."""
-        with contextlib.suppress(_EndOfShard):
+        with contextlib.suppress(tarfile.ReadError):
             while True:
                 self.read(_ENDS)
         if self._filled > end:
@@ -289,8 +259,6 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
         member = super().frombuf(buf, encoding, errors)
-        if member.type == tarfile.GNUTYPE_SPARSE:
-            member._refuse_sparse()
         if member.type in _METADATA_TYPES and member.size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {member.size:,} bytes")
         return member
@@ -298,22 +266,27 @@ class _Member(tarfile.TarInfo):
     def _refuse_sparse(self, *args: object) -> NoReturn:
         raise tarfile.ReadError("sparse members are not supported; write it without --sparse")
 
-    # tarfile calls these for the other three ways to store a sparse member.
-    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+    # tarfile calls these for the four ways to store a sparse member.
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
-def read_members(url: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """Yield each file of a shard with a function that reads it, to be called before the next.
+def read_files(url: str, closed: Event) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
+    """Yield key, extension, size and a function that reads the file, to be called before the next.
 
-    Memory stays bounded whatever the archive is. Raises tarfile.TarError if it is damaged, cut
-    short, compressed with xz or holds sparse members.
+    Keys and extensions are webdataset's. Memory stays bounded whatever the archive is. Raises
+    tarfile.TarError if it is damaged, cut short, compressed with xz or holds sparse members.
     """
+    from webdataset.tariterators import base_plus_ext
+
     with open_shard(url) as file:
         stream: Any = TarStream(file)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as archive:
             for member in archive:
+                if closed.is_set():
+                    raise LoadingCancelled
                 vars(archive).update(members=[], pax_headers={})  # or they would add up
                 content = archive.extractfile(member) if member.isreg() else None
-                if content is not None:
-                    yield member, content.read
+                key, extension = base_plus_ext(member.name)
+                if content is not None and key is not None and not _RESERVED.match(member.name):
+                    yield key, extension.lower(), member.size, content.read
             stream.check_end(archive.offset)

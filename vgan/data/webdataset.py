@@ -3,11 +3,10 @@
 import hashlib
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
@@ -28,9 +27,7 @@ from vgan.runtime.rng import permute
 MAX_STREAMS = 16  # shards that are read side by side
 PREFETCH = 4  # batches that are read ahead
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-_RESERVED = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves for itself
 _MAX_ENCODED = 1_000_000_000  # bytes of undecoded images that the packed sample may hold
-_IDENTIFIED = 16  # shards whose identity is in the fingerprint: mostly those of the packed sample
 _POLL_S = 0.2  # how often a wait for data checks whether it should end
 _MAX_BAD = 1000  # unreadable images in a row
 
@@ -76,19 +73,14 @@ class Shards(Source):
         self.label_names = tuple(str(i) for i in range(classes))
         self.urls = shards.expand_urls(urls)
         self._count = sample
-        self._first: list[Sample | Examined | BadImage] = []
         self._identities: dict[str, Identity] = {}  # as last seen by this process
-        self._retries = Retries()
+        self._waiting: set[str] = set()  # see Retries
 
     def __len__(self) -> int:
-        return len(self._first_samples())
-
-    def read(self, i: int) -> tuple[np.ndarray, int]:
-        found = self.examine(i)
-        return found.pixels, found.label
+        return len(self._first)
 
     def examine(self, i: int) -> Examined:
-        sample = self._first_samples()[i]
+        sample = self._first[i]
         if isinstance(sample, BadImage):
             raise sample
         return self.decode(sample) if isinstance(sample, Sample) else sample
@@ -96,20 +88,21 @@ class Shards(Source):
     def fingerprint(self) -> str:
         """Return a hash of settings and shards, as `Source.fingerprint`; equal for copies.
 
-        It takes the size of every local shard and the identity of the first 16 shards: 0.1 s for
-        10,000 shards on a local disk.
+        It takes the size of every local shard and the identity of the first 16, mostly those of the
+        packed sample: 0.1 s for 10,000 shards on a local disk.
         """
         images = (self.img_resolution, self.img_channels, self.label_names)
         settings = (self.urls, *images, self._count, self.skip_bad)
         sizes = [os.path.getsize(url) for url in self.urls if not shards.protocol_of(url)]
-        identities = [tuple(self.identity(url, Event())) for url in self.urls[:_IDENTIFIED]]
+        identities = [tuple(self.identity(url, Event())) for url in self.urls[:16]]
         return hashlib.sha256(repr((settings, sizes, identities)).encode()).hexdigest()
 
     def identity(self, url: str, closed: Event) -> Identity:
         """Return a shard's identity as this process last saw it; waits and raises as `samples`."""
-        if url not in self._identities:
-            look = partial(shards.identity, url)
-            self._identities[url] = self._retries(url, look, closed)
+        retries = Retries(url, closed, self._waiting)
+        while url not in self._identities:
+            with retries:
+                self._identities[url] = shards.identity(url)
         return self._identities[url]
 
     def samples(self, url: str, closed: Event | None = None) -> Iterator[Sample]:
@@ -119,26 +112,20 @@ class Shards(Source):
         archives that are damaged or cut short, LoadingCancelled once `closed` is set.
         """
         closed = closed or Event()
+        retries = Retries(url, closed, self._waiting)
         count, now = 0, Identity("", "")
-        opened: Iterator[Sample] | None = None
-
-        def read_next() -> Sample | None:
-            nonlocal count, now, opened
-            samples, opened = opened, None
-            if samples is None:  # at first and after a failure
+        while True:
+            with retries:
                 before, now = now, shards.identity(url)
                 if count and now.size != before.size:
                     fix = "run the same command to resume"
                     raise UserError(f"data.urls: {url} was changed while it was read; {fix}")
-                samples = islice(_read(url, bool(self.label_names), closed), count, None)
-            sample = next(samples, None)
-            opened = samples  # not reached after a failure
-            count += 1
-            return sample
-
-        while sample := self._retries(url, read_next, closed):
-            yield sample
-        self._identities[url] = now
+                for sample in islice(_read(url, bool(self.label_names), closed), count, None):
+                    count += 1
+                    retries.succeed()
+                    yield sample
+                self._identities[url] = now
+                return
 
     def decode(self, sample: Sample) -> Examined:
         """Decode an image; raise BadImage."""
@@ -149,26 +136,24 @@ class Shards(Source):
             raise BadImage(name, f"over {MOST_BYTES / 1e6:.0f} MB")
         return examine_file(name, content, self.img_resolution, self.img_channels, label)
 
-    def _first_samples(self) -> list[Sample | Examined | BadImage]:
-        if not self._first:
-            everything = (sample for url in self.urls for sample in self.samples(url))
-            size = 0
-            for sample in islice(everything, self._count):
-                size += len(sample.content or b"")
-                self._first.append(sample if size <= _MAX_ENCODED else self._shrink(sample))
-        return self._first
-
-    def _shrink(self, sample: Sample) -> Examined | BadImage:
-        """Decode an image now, not in the threads that pack it, since pixels take less memory."""
-        try:
-            return self.decode(sample)
-        except BadImage as bad:
-            return bad
+    @cached_property
+    def _first(self) -> list[Sample | Examined | BadImage]:
+        """The images to pack, decoded beyond _MAX_ENCODED bytes since pixels take less memory."""
+        everything = (sample for url in self.urls for sample in self.samples(url))
+        first: list[Sample | Examined | BadImage] = []
+        size = 0
+        for sample in islice(everything, self._count):
+            size += len(sample.content or b"")
+            try:
+                first.append(sample if size <= _MAX_ENCODED else self.decode(sample))
+            except BadImage as bad:
+                first.append(bad)
+        return first
 
 
 def _read(url: str, has_labels: bool, closed: Event) -> Iterator[Sample]:
     """Group files by name and extension as webdataset does; read images and labels alone."""
-    for key, files in groupby(_files(url, closed), key=lambda file: file[0]):
+    for key, files in groupby(shards.read_files(url, closed), key=lambda file: file[0]):
         parts: dict[str, bytes | None] = {}
         left = MOST_BYTES
         for _, extension, size, read in files:
@@ -184,17 +169,6 @@ def _read(url: str, has_labels: bool, closed: Event) -> Iterator[Sample]:
             yield Sample(f"{key} of {url}", parts[extension], label)
 
 
-def _files(url: str, closed: Event) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
-    from webdataset.tariterators import base_plus_ext
-
-    for member, read in shards.read_members(url):
-        if closed.is_set():
-            raise LoadingCancelled
-        key, extension = base_plus_ext(member.name)
-        if key is not None and not _RESERVED.match(member.name):
-            yield key, extension.lower(), member.size, read
-
-
 class _Stream:
     """An endless stream of the images of part of the shards, in another order each epoch."""
 
@@ -203,8 +177,7 @@ class _Stream:
     ) -> None:
         self._source, self._part, self._seed = source, part, seed
         self._counts, self._closed = counts, closed
-        self._position = -1
-        self._images: Iterator[Examined] = iter(())
+        self._position, self._images = 0, self._from(0)
 
     def take(self, start: int, n: int) -> list[Examined]:
         """Return images start .. start + n - 1; seeks unless the last call ended at `start`."""
@@ -228,8 +201,7 @@ class _Stream:
                 if bad > _MAX_BAD:
                     raise UserError(f"data.urls: {bad:,} unreadable images in a row") from e
                 continue
-            for _ in range(bad + 1):
-                yield image
+            yield from [image] * (bad + 1)
             bad = 0
 
     def _samples(self, start: int) -> Iterator[Sample]:
@@ -243,14 +215,11 @@ class _Stream:
                     start, seen = start - known, seen + known
                     continue
                 count = 0
-                for sample in self._source.samples(urls[i], self._closed):
-                    count += 1
-                    if start:
-                        start -= 1
-                    else:
+                for count, sample in enumerate(self._source.samples(urls[i], self._closed), 1):
+                    if count > start:
                         yield sample
                 self._counts.put(urls[i], count)
-                seen += count
+                start, seen = max(0, start - count), seen + count
             if not seen:
                 part = f"every {self._part.step}th shard from number {self._part.start}"
                 raise UserError(f"data.urls: found no image in {part}; check the shards")
@@ -263,9 +232,8 @@ class ShardLoader:
     Every batch is cut into equal runs of rows, each from its own stream: a share of the shards in
     an order computed from (seed, epoch). A process reads the streams of its rows alone, so batches
     are the same on any number of processes. To start anywhere, a stream skips shards whose count
-    is known and reads through the next one without decoding. The methods are those of `Loader`.
-
-    While `batch` waits it polls `stop_waiting`, and raises LoadingCancelled once that is true.
+    is known and reads through the next one without decoding. The methods are those of `Loader`;
+    `batch` polls `stop_waiting` while it waits, and raises LoadingCancelled once that is true.
     """
 
     def __init__(
@@ -280,7 +248,7 @@ class ShardLoader:
     ) -> None:
         source = dataset.stream
         assert isinstance(source, Shards)
-        self._dataset, self._device, self._batch_size = dataset, device, batch_size
+        self._device, self._batch_size = device, batch_size
         self._closed, self._stop_waiting = Event(), stop_waiting
         n = math.gcd(batch_size, MAX_STREAMS)
         while n > len(source.urls):
@@ -290,20 +258,17 @@ class ShardLoader:
         first = share[0] * rows
         used = range(first // each, (first + rows - 1) // each + 1)
         self._rows = slice(first - used[0] * each, first - used[0] * each + rows)
-        identify = partial(source.identity, closed=self._closed)
-        counts = ShardCounts(cache_dir, source.urls, identify)
+        counts = ShardCounts(cache_dir, source.urls, partial(source.identity, closed=self._closed))
         parts = [slice(i, None, n) for i in used]
         self._streams = [_Stream(source, part, seed, counts, self._closed) for part in parts]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"shards-{i}") for i in used]
         self._prefetched: dict[int, list[Future[list[Examined]]]] = {}  # by cur_nimg
-        self._one_hot = torch.eye(dataset.label_dim, device=device)
+        # Without classes all labels are 0, the only row.
+        self._one_hot = torch.eye(dataset.label_dim or 1, dataset.label_dim, device=device)
         self.waited_s = 0.0
 
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
-        """Return the batch at cur_nimg, as `Loader.batch`.
-
-        Raises UserError for data that cannot be read and LoadingCancelled if a wait was ended.
-        """
+        """Return the batch at cur_nimg, as `Loader.batch`; raise UserError for unreadable data."""
         if cur_nimg not in self._prefetched:  # the first batch, or one after a jump
             self._prefetched = {}
         for k in range(PREFETCH + 1):
@@ -316,26 +281,19 @@ class ShardLoader:
                 ]
         start_s = time.perf_counter()
         futures = self._prefetched[cur_nimg]
-        self._wait(futures)
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what the thread raised
+            if pending and self._stop_waiting():
+                raise LoadingCancelled
         del self._prefetched[cur_nimg]
         images = [image for future in futures for image in future.result()][self._rows]
         self.waited_s += time.perf_counter() - start_s
         pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self._device)
-        real = to_float(pixels.permute(0, 3, 1, 2))
-        if not self._dataset.label_dim:
-            return real, real.new_zeros(len(real), 0)
         labels = torch.tensor([image.label for image in images], device=self._device)
-        return real, self._one_hot[labels]
-
-    def _wait(self, futures: list[Future[list[Examined]]]) -> None:
-        while True:
-            done, pending = wait(futures, _POLL_S, FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises what the thread raised
-            if not pending:
-                return
-            if self._stop_waiting():
-                raise LoadingCancelled
+        return to_float(pixels.permute(0, 3, 1, 2)), self._one_hot[labels]
 
     def close(self) -> None:
         """End the threads; pauses end at once, a silent server after shards.TIMEOUT_S seconds."""
