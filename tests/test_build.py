@@ -125,7 +125,8 @@ def test_experiments_build_and_take_a_step(
     monkeypatch.setattr("torchvision.datasets.CIFAR10", fake_set((32, 32), False))
     monkeypatch.setattr("torchvision.datasets.CelebA", fake_set((178, 218), True))
     own = {
-        key: [f"data.path={pictures_npy}", "data.resolution=16"] for key in ("cifar10_cpu", "few")
+        key: [f"data.path={pictures_npy}", "data.resolution=16"]
+        for key in ("cifar10_cpu", "few", "grow")
     }
     config = train_config(
         f"experiment={option}", *TINY, *own.get(option, []), f"data.cache_dir={tmp_path}"
