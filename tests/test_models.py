@@ -8,7 +8,6 @@ from vgan.models.layers import (
     BiasLeakyReLU,
     ConvToPixels,
     SeparableConv2d,
-    Smooth,
     conv3x3,
     upsample2x,
 )
@@ -263,14 +262,3 @@ def test_checkpointed_features_give_the_same_gradients() -> None:
     for plain, again in zip(*grads):
         assert (plain is None) == (again is None)
         assert plain is None or torch.equal(plain, again)
-
-
-@pytest.mark.parametrize("patch_size", [2, 4])
-def test_smoothing_removes_what_repeats_with_the_patches(patch_size: int) -> None:
-    torch.manual_seed(0)
-    pattern = torch.randn(1, 3, patch_size, patch_size)
-    y = Smooth(patch_size)(pattern.repeat(1, 1, 8, 8))
-    inner = y[:, :, patch_size:-patch_size, patch_size:-patch_size]
-    mean = pattern.mean((2, 3), keepdim=True).expand_as(inner)
-    torch.testing.assert_close(inner, mean, rtol=0, atol=1e-6)
-    assert y.shape[2:] == (8 * patch_size, 8 * patch_size)

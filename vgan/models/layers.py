@@ -55,8 +55,8 @@ class ConvToPixels(nn.Sequential):
     """The last layer of a generator: (N, C, H, W) -> (N, img_channels, H patch_size, W patch_size).
 
     Sub-pixel convolution (Shi et al. 2016). The pixels of a patch start with equal weights, so that
-    training does not start from a checkerboard (Aitken et al. 2017). A filter that is 0 at the
-    frequencies of such patterns suppresses them later; they were visible in plain backgrounds.
+    training does not start from a checkerboard (Aitken et al. 2017). A [1, 2, 1] filter, which is 0
+    at the checkerboard's frequency, suppresses it later; it was visible in plain backgrounds.
     """
 
     def __init__(self, channels: int, img_channels: int, patch_size: int) -> None:
@@ -65,27 +65,17 @@ class ConvToPixels(nn.Sequential):
             conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(patch_size**2, dim=0))
         super().__init__(conv)
         if patch_size > 1:
-            self.extend([nn.PixelShuffle(patch_size), Smooth(patch_size)])
+            self.extend([nn.PixelShuffle(patch_size), Smooth()])
 
 
 class Smooth(nn.Module):
-    """A low-pass filter that is 0 at the period of patch_size pixels and its harmonics.
-
-    [1, 2, 1] / 4 for 2 px, [1, 2, 2, 2, 1] / 8 for 4 px, in both directions, with replicated
-    borders. Keeps the shape.
-    """
-
-    def __init__(self, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
+    """The filter [1, 2, 1] / 4 in both directions, with replicated borders. Keeps the shape."""
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.patch_size
-        ones = x.new_ones(n)  # a constant would stay on the device of tracing when exported
-        taps = (F.pad(ones, (0, 1)) + F.pad(ones, (1, 0))) / (2 * n)
-        kernel = (taps[:, None] * taps[None, :]).expand(x.shape[1], 1, n + 1, n + 1)
-        border = (n // 2,) * 4
-        return F.conv2d(F.pad(x, border, mode="replicate"), kernel, groups=x.shape[1])
+        ones = x.new_ones(2)  # a constant would stay on the device of tracing when exported
+        taps = (F.pad(ones, (0, 1)) + F.pad(ones, (1, 0))) / 4
+        kernel = (taps[:, None] * taps[None, :]).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
 class SeparableConv2d(nn.Module):
