@@ -300,9 +300,9 @@ class EvalConfig:
     )
     seed: int = key("seed of the generated images", at_least(0))
     features: dict[str, Any] = node(
-        dict, "feature network: auto (as in the run), inception, learned or a _target_"
+        dict, "auto (as in the run), inception, dinov2, mobilenet, learned or a _target_"
     )
-    weights: str | None = key("file of Inception's weights, for machines without internet access")
+    weights: str | None = key("file of the features' weights, for machines without internet access")
     data: dict[str, Any] = node(
         dict, "new location of the training data, if they moved: .path, .root, .cache_dir"
     )
