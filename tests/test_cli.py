@@ -708,7 +708,7 @@ def test_eval_of_several_and_of_other_data(run: Cli, r: Path) -> None:
         (["repeats=0"], "repeats=0: must be above 0"),
         (
             ["features=imagenet"],
-            "features=imagenet: no such option; use one of auto, inception, learned",
+            "features=imagenet: no such option; use one of auto, dinov2, inception",
         ),
         (["weights=none.pth", "features=inception"], "features.weights=none.pth: cannot be read"),
         (

@@ -114,7 +114,8 @@ def overrides_of(words: list[str]) -> tuple[str, list[str]]:
         options = [word.partition("=")[0] for word in rest if word.startswith("--")]
         unknown = [option for option in options if f'"{option}"' not in source]
         assert not unknown, f"{rest[0]} has no option {unknown}"
-        return "vgan-train", [word for word in rest[1:] if re.match(r"[+~]*[\w./]+=", word)]
+        parts = " ".join(rest[1:]).split()  # of --variant too
+        return "vgan-train", [word for word in parts if re.match(r"[+~]*[\w./]+=", word)]
     assert program in cli.COMMANDS, f"{program}: no such command"
     if program == "vgan-data" and rest and re.fullmatch(r"\w+", rest[0]):
         rest = [f"do={rest[0]}", *rest[1:]]
