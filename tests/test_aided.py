@@ -67,6 +67,16 @@ def test_the_frozen_features_are_those_of_torchvision(weights: Path) -> None:
     assert [m.shape[-1] for m in maps] == [8, 4, 2, 1]
 
 
+def test_every_pixel_of_a_large_image_counts(weights: Path) -> None:
+    arguments = {"judge_px": 32, "judge_width": 8, "weights": str(weights)}
+    D = AidedDiscriminator(256, [8] * 7, **arguments)  # type: ignore[arg-type]
+    D.load_backbone(torch.rand(4, 3, 256, 256) * 2 - 1)
+    x = torch.rand(1, 3, 256, 256, requires_grad=True)
+    sum(logits.sum() for logits in D.judge(x, None).logits).backward()
+    assert x.grad is not None
+    assert (x.grad.abs().sum(1) > 0).float().mean() > 0.99
+
+
 def test_the_tangents_of_a_head_are_its_derivative() -> None:
     torch.manual_seed(0)
     head = Head(8, 3, 4)
@@ -129,6 +139,7 @@ def test_resume_is_exact_and_needs_the_same_weights(tmp_path: Path, weights: Pat
     ("change", "message"),
     [
         ("weights=missing.pth", "cannot be read"),
+        ("weights={page}", "not a file of weights; give a .pth"),
         ("backbone=vgg16", "backbone=vgg16: unknown; use one of mobilenet_v2"),
         ("backbone=efficientnet_b0", "does not fit efficientnet_b0"),
         ("judge_px=40", "must be a multiple of 32"),
@@ -136,6 +147,9 @@ def test_resume_is_exact_and_needs_the_same_weights(tmp_path: Path, weights: Pat
     ],
 )
 def test_bad_input_begins_nothing(tmp_path: Path, weights: Path, change: str, message: str) -> None:
+    page = tmp_path / "page.pth"
+    page.write_text("<html>not found</html>")
+    change = change.format(page=page)
     with pytest.raises(UserError, match=message):
         train_in_process(tmp_path / "run", *aided(weights, f"model.discriminator.{change}"))
     assert not (tmp_path / "run").exists()

@@ -61,6 +61,8 @@ def _check_train(cfg: TrainConfig) -> None:
     require(no_triton, "depthwise", cfg.depthwise, "needs penalty=jvp or finite_difference")
     scaled = cfg.parallel == "ddp" or cfg.precision != "fp16"
     require(scaled, "parallel", cfg.parallel, "needs bf16, tf32 or fp32; use ddp for fp16")
+    begun = cfg.init is not None or cfg.freeze_d == 0
+    require(begun, "freeze_d", cfg.freeze_d, "needs init=CKPT, whose weights it keeps")
     _check_best_by(cfg.eval)
 
 

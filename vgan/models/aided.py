@@ -76,15 +76,18 @@ class AidedDiscriminator(Discriminator):
         self.mixer = FeatureMixer(channels, judge_width)
         self.heads = nn.ModuleList(Head(judge_width, label_dim, embed_dim) for _ in channels)
 
-    def load_backbone(self, images: Tensor) -> None:
+    def load_backbone(self, images: Tensor | None) -> None:
         """Load the frozen classifier, and standardise its features over `images`.
 
-        Raises UserError if the weights cannot be had or do not fit.
+        None keeps the statistics, such as those of a checkpoint. Raises UserError if the weights
+        cannot be had or do not fit.
         """
         backbone = Backbone(self.backbone_name)
         self.backbone_digest = backbone.load(self.weights, "model.discriminator.weights")
         backbone = backbone.fold().to(self.from_rgb.weight.device)
         self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if images is None:
+            return
         with torch.no_grad():
             maps = [self._maps(part) for part in images.split(32)]
         self.mixer.standardise([torch.cat(scale) for scale in zip(*maps)])
@@ -103,13 +106,16 @@ class AidedDiscriminator(Discriminator):
                 continue
             v = rng.signs(f"judge_{i}", 2 * f[0].numel())
             v = torch.cat(v.chunk(2, dim=1)).view_as(f).to(f.dtype)
-            value, tangent = head(torch.cat([f, v]), c, pairs=True).chunk(2)
+            stacked = torch.cat([f, v]).contiguous(memory_format=torch.channels_last)
+            value, tangent = head(stacked, c, pairs=True).chunk(2)
             logits.append(value)
             norms.append(tangent.square().mean(dim=(1, 2, 3)))
         return Verdict(logits, torch.stack(norms).mean(dim=0) if norms else None)
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         assert self._backbone is not None, "load_backbone comes first"
+        while x.shape[-1] >= 4 * self.judge_px:  # bilinear alone would skip pixels
+            x = downsample2x(x)
         if x.shape[-1] != self.judge_px:
             size = (self.judge_px, self.judge_px)
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
@@ -165,7 +171,7 @@ class Head(nn.Module):
         self.block = ResidualBlock(width, "separable", 2, 1)
         self.act = BiasLeakyReLU(width)
         self.to_logit = init_conv(nn.Conv2d(width, 1, 1, bias=False), gain=1)
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(1))  # FSDP shards no scalars
         self.embed: nn.Linear | None = None
         if label_dim:
             self.to_embed = init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1)

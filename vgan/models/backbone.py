@@ -1,6 +1,7 @@
 """Frozen ImageNet classifiers of torchvision, as feature networks."""
 
 import hashlib
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ TAPS = {
     "efficientnet_b0": (2, 3, 5, 7),
     "convnext_tiny": (1, 3, 5, 7),
 }
+_UNREADABLE = (
+    OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
+_FIX = "give a .pth or .safetensors file of torchvision's weights"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 
 
@@ -116,7 +121,7 @@ def _download(name: str, key: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as e:  # no network, or another digest
+    except _UNREADABLE as e:  # no network, another digest, a damaged file in the cache
         problem = f"{weights.url} cannot be had ({first_line(e)})"
         raise UserError(f"{key}=auto: {problem}; give the file as {key}=PATH") from e
     return state
@@ -127,9 +132,10 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as e:
-        fix = "give a .pth or .safetensors file of torchvision's weights"
-        raise UserError(f"{where}: cannot be read ({first_line(e)}); {fix}") from e
+    except pickle.UnpicklingError as e:  # its message is a page of advice
+        raise UserError(f"{where}: not a file of weights; {_FIX}") from e
+    except _UNREADABLE as e:
+        raise UserError(f"{where}: cannot be read ({first_line(e)}); {_FIX}") from e
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{where}: holds no weights; give a file of torchvision's weights")
+        raise UserError(f"{where}: holds no weights; {_FIX}")
     return state

@@ -44,7 +44,7 @@ class DiscriminatorBase(nn.Module):
     def judge(self, x: Tensor, c: Tensor | None, rng: Streams | None = None) -> Verdict:
         raise NotImplementedError
 
-    def load_backbone(self, images: Tensor) -> None:
+    def load_backbone(self, images: Tensor | None) -> None:
         raise NotImplementedError
 
 

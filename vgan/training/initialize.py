@@ -53,16 +53,23 @@ def read_source(init: str) -> Source:
 
 
 def initialize(
-    G: GeneratorBase, D: DiscriminatorBase, source: Source, labels: tuple[str, ...]
+    G: GeneratorBase,
+    D: DiscriminatorBase,
+    source: Source,
+    labels: tuple[str, ...],
+    freeze_d: int = 0,
 ) -> str:
     """Copy what fits from `source` into G and D, in place; return a line that says what was taken.
 
-    labels: the class names of the new data. Raises UserError where networks are of other sizes or
-    the source has a higher resolution.
+    labels: the class names of the new data. Raises UserError where networks are of other sizes, the
+    source has a higher resolution, or one of the freeze_d finest stages of D would be new.
     """
     if G.img_resolution < source.resolution:
         rule = f"has a higher resolution ({source.resolution} px) than data.resolution"
         raise UserError(f"init={source.name}: {rule}={G.img_resolution}; use an equal or lower one")
+    if freeze_d > 0 and (not source.D or G.img_resolution != source.resolution):
+        rule = f"needs a discriminator of {G.img_resolution} px in init={source.name}"
+        raise UserError(f"freeze_d={freeze_d}: {rule}; use freeze_d=0")
     parts = [_copy("G", G, source, source.G, labels)]
     if source.D:
         parts.append(_copy("D", D, source, source.D, labels))
@@ -93,11 +100,13 @@ def _copy(
             for i, label in enumerate(labels):
                 if label in source.labels:
                     target[:, i] = value[:, source.labels.index(label)]
-        elif value.shape == target.shape:
-            target.copy_(value)
         elif key == "input.scale.weight" and len(value) == len(target):
+            if _z_dim(weights) != _z_dim(own):
+                raise _misfit(source, name, key, value, target)
             columns = min(value.shape[1], target.shape[1])  # those of z; classes come after it
             target[:, :columns] = value[:, :columns]
+        elif value.shape == target.shape:
+            target.copy_(value)
         elif key.startswith(_ENDS):
             new.append(key)
         else:
@@ -107,6 +116,11 @@ def _copy(
     layers = sorted({".".join(key.split(".")[:2]) for key in new})
     fresh = f", new: {', '.join(layers)}" if layers else ""
     return f"{len(own) - len(new)} of {len(own)} tensors of {name}{fresh}"
+
+
+def _z_dim(weights: Mapping[str, Tensor]) -> int:
+    embed = weights.get("input.embed.weight")
+    return weights["input.scale.weight"].shape[1] - (0 if embed is None else len(embed))
 
 
 def _is_class_embedding(key: str) -> bool:

@@ -91,6 +91,7 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         config.pop("model.discriminator.weights", None)  # the digest counts, not the path
         config.pop("model.generator.gradient_checkpointing", None)
         config.pop("model.discriminator.gradient_checkpointing", None)
+    before = {"init": None, "freeze_d": 0, **before}
     # A setting that an earlier version did not know had no effect then, except in these.
     added = {k for k in now.keys() ^ before.keys() if k.startswith(("model.", "optim.optimizer"))}
     common = now.keys() & before.keys()
@@ -102,6 +103,7 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
             raise UserError(f"{where}: {message}; use another run_dir")
         rule = f"was {before.get(k)}, and the run has begun with it; keep it or use another run_dir"
         require(k != "init" or now[k] is None, k, now[k], rule)
+        require(k != "freeze_d", k, now.get(k), rule)
         rule = f"was {before.get(k)}, and held-out images would change; keep it or use another"
         require(k != "holdout", k, now.get(k), f"{rule} run_dir")
     for k in sorted(changed | added):
@@ -159,7 +161,8 @@ def roll_back(run: Run, failure: str) -> str:
         raise TrainingFailed(f"run_dir={run.run_dir}: {message}; {fix}")
     state = broadcast_from_rank0(lambda: _load_earlier(run.run_dir, earlier.rollbacks))
     if state is None:
-        state = setup(run.cfg, run.device, run.precision).state_dict()
+        fresh = setup(run.cfg, run.device, run.precision)
+        run.identity, state = fresh.identity, fresh.state_dict()
     run.state.load_state_dict(state)
     run.state.recovery = recovery
     run.state.diversity.last = math.inf  # a collapse must be seen twice again

@@ -129,6 +129,7 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
     config = asdict(cfg)
     settings = {k: v for k, v in flatten(config).items() if k.split(".")[0] not in _PER_PROCESS}
     settings["precision"] = precision
+    settings.pop("model.discriminator.weights", None)  # the digest counts, not the path
     _require_same_on_all_ranks(settings, settings)
     objective = build_objective(cfg, device, precision)
     with local_rank0_first():
@@ -147,11 +148,14 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
         identity["init"] = init.digest
     state = build_state(cfg, sizes, device, precision, init, dataset.label_names)
     if state.D.judge_weight > 0:
-        step = max(1, len(dataset.images) // BACKBONE_SAMPLE)
-        pixels = torch.tensor(dataset.images[::step][:BACKBONE_SAMPLE]).permute(0, 3, 1, 2)
+        count = min(BACKBONE_SAMPLE, len(dataset))
+        items = [i * len(dataset) // count for i in range(count)]  # of all classes
+        pixels = torch.tensor(dataset.images[items]).permute(0, 3, 1, 2)
         with local_rank0_first():
             state.D.load_backbone(to_float(pixels.to(device)))
         identity["backbone"] = state.D.backbone_digest
+    found = {key: identity.get(key) for key in ("backbone", "init")}
+    _require_same_on_all_ranks(found, found)
     schedules = build_schedules(cfg, dataset.img_resolution)
     return Run(cfg, run_dir, dataset, state, objective, schedules, identity)
 
@@ -201,7 +205,7 @@ def build_state(
     """
     G, D = build_networks(cfg, sizes)
     if init is not None:
-        print0(initialize(G, D, init, tuple(labels)))
+        print0(initialize(G, D, init, tuple(labels), cfg.freeze_d))
     if cfg.freeze_d > 0:
         freeze_stages(D, cfg.freeze_d)
     G, D = G.to(device), D.to(device)
