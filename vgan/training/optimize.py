@@ -5,8 +5,8 @@ moments, for networks that do not fit one GPU; a checkpoint is the same either w
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -127,19 +127,6 @@ def _optimizer_step(
     optimizer.state.clear()  # weights are updated last, so none has changed yet
     micro_batches.grow(batch_size, device)
     scaler.step(optimizer)
-
-
-@contextmanager
-def without_gradients(network: nn.Module) -> Iterator[None]:
-    """Compute no gradients of a network's parameters inside the block."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, beta2: float) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -146,6 +148,19 @@ def update_ema(G_ema: nn.Module, G: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(averages, [_local(p) for p in G.parameters()], 1 - decay)
     for average, buffer in zip(G_ema.buffers(), G.buffers()):
         average.copy_(buffer)
+
+
+@contextmanager
+def without_gradients(network: nn.Module) -> Iterator[None]:
+    """Compute no gradients of a network's parameters inside the block."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def _local(p: Any) -> Tensor:

@@ -15,15 +15,9 @@ from vgan.runtime.device import autocast
 from vgan.runtime.distributed import world_size
 from vgan.training.judge import add_g_judge_loss, d_judge_loss
 from vgan.training.losses import PENALTIES, Loss
-from vgan.training.optimize import (
-    MicroBatches,
-    Scalars,
-    optimize,
-    set_hyperparameters,
-    without_gradients,
-)
+from vgan.training.optimize import MicroBatches, Scalars, optimize, set_hyperparameters
 from vgan.training.schedules import HyperParameters
-from vgan.training.state import TrainState, update_ema
+from vgan.training.state import TrainState, update_ema, without_gradients
 
 
 def d_objective(
