@@ -47,9 +47,9 @@ from vgan.training.schedules import (
 from vgan.training.state import TrainState, ema_copy
 from vgan.training.step import Objective
 
+BACKBONE_SAMPLE = 256  # images over which the features of a frozen backbone are standardised
 # Settings that may differ between the processes of a run: places on a machine, and what only
 # rank 0 uses. Data sets are compared by their digest.
-BACKBONE_SAMPLE = 256  # images over which the features of a frozen backbone are standardised
 _PER_PROCESS = ("run_dir", "device", "threads", "precision", "data", "features")
 
 
