@@ -114,21 +114,33 @@ def test_whole_image_receptive_field_and_single_logit() -> None:
     )  # fully convolutional
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_pixel_blocks_give_the_same_picture_and_grid_with_fewer_stages(patch_size: int) -> None:
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_patches_give_the_same_picture_and_grid_with_fewer_stages(patch_size: int) -> None:
     G = Generator(8, 32, WIDTHS, patch_size=patch_size)
     D = Discriminator(32, WIDTHS, patch_size=patch_size)
-    assert len(G.stages) == len(D.stages) == 4 - [1, 2, 4].index(patch_size)
+    assert len(G.stages) == len(D.stages) == 4 - [1, 2, 4, 8].index(patch_size)
     images = G(torch.randn(2, 8))
     assert images.shape == (2, 3, 32, 32)
     assert D(images).shape == (2, 1, 4, 4)
 
 
-def test_last_layer_cannot_make_a_checkerboard_inside() -> None:
-    layer = ConvToPixels(4, 3, 2)
+def test_patch_size_none_has_16_cells_at_every_resolution() -> None:
+    for resolution, patch_size in ((16, 1), (32, 2), (64, 4), (128, 8)):
+        G = Generator(8, resolution, WIDTHS, patch_size=None)
+        D = Discriminator(resolution, WIDTHS, patch_size=None)
+        assert len(G.stages) == len(D.stages) == 3  # 4, 8 and 16 px
+        same = Generator(8, resolution, WIDTHS, patch_size=patch_size)
+        assert G.state_dict().keys() == same.state_dict().keys()
+
+
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_last_layers_cannot_make_a_checkerboard_inside(patch_size: int) -> None:
+    layer = ConvToPixels(12, 3, patch_size)
     with torch.no_grad():
-        layer[0].weight.normal_()
-    images = layer(torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8))[..., 4:-4, 4:-4]
+        for p in layer.parameters():
+            p.normal_()
+    images = layer(torch.randn(1, 12, 1, 1).expand(1, 12, 8, 8))
+    images = images[..., 2 * patch_size : -2 * patch_size, 2 * patch_size : -2 * patch_size]
     assert images.std((2, 3)).max() < 1e-5
 
 

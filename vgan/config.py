@@ -94,7 +94,7 @@ class SizeConfig:
     d_widths: list[int] = key("channels of the discriminator at 4, 8, 16, ... px", WIDTHS)
     blocks: int = key("residual blocks per stage", above(0))
     expansion: int = key("channel expansion inside a residual block")
-    patch_size: int = key("pixels per side of one cell of the finest feature map: 1, 2 or 4")
+    patch_size: int | None = key("px per side of a cell of the finest map; null: 16 x 16 cells")
     gradient_checkpointing: bool = key(
         "recompute activations in the backward pass: less memory, a third more time"
     )

@@ -56,7 +56,7 @@ class AidedDiscriminator(Discriminator):
         conv: str = "separable",
         patch_px: int | None = None,
         logits_px: int = 4,
-        patch_size: int = 1,
+        patch_size: int | None = 1,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(

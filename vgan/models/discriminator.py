@@ -11,6 +11,7 @@ from vgan.models.layers import (
     BiasLeakyReLU,
     ResidualBlock,
     count_stages,
+    default_patch_size,
     downsample2x,
     init_conv,
     run_layer,
@@ -60,7 +61,7 @@ class Discriminator(DiscriminatorBase):
     logits_px=1 joins the 4x4 grid into one logit for the whole image.
 
     patch_size > 1 starts from squares of that many pixels as channels, at img_resolution /
-    patch_size. gradient_checkpointing: as in `Generator`.
+    patch_size; None starts at 16 px. gradient_checkpointing: as in `Generator`.
 
     Sources: patches Isola et al. 2017 (pix2pix); projection conditioning, here for every patch,
     Miyato & Koyama 2018.
@@ -80,11 +81,12 @@ class Discriminator(DiscriminatorBase):
         patch_px: int | None = None,
         logits_px: int = 4,
         embed_dim: int = 64,
-        patch_size: int = 1,
+        patch_size: int | None = 1,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
+        patch_size = patch_size or default_patch_size(img_resolution)
         stages = count_stages(img_resolution, img_channels, widths, patch_size)
         if patch_px is not None and not 16 <= patch_px <= img_resolution:
             raise ValueError(

@@ -12,6 +12,7 @@ from vgan.models.layers import (
     ConvToPixels,
     ResidualBlock,
     count_stages,
+    default_patch_size,
     init_conv,
     run_layer,
     upsample2x,
@@ -79,7 +80,7 @@ class Generator(GeneratorBase):
 
     patch_size > 1 ends at img_resolution / patch_size and draws a square of that many pixels from
     each feature (sub-pixel convolution, Shi et al. 2016). This omits the finest stages, which cost
-    the most on a CPU.
+    the most on a CPU. None ends at 16 px, see `default_patch_size`.
 
     gradient_checkpointing recomputes the features of each layer in the backward pass: less memory,
     about a third more work (Chen et al. 2016).
@@ -101,10 +102,11 @@ class Generator(GeneratorBase):
         attention: str = "none",
         attention_resolutions: Sequence[int] = (8, 16),
         embed_dim: int = 64,
-        patch_size: int = 1,
+        patch_size: int | None = 1,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        patch_size = patch_size or default_patch_size(img_resolution)
         stages = count_stages(img_resolution, img_channels, widths, patch_size)
         self.z_dim, self.label_dim = z_dim, label_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
@@ -151,9 +153,10 @@ class PlainGenerator(GeneratorBase):
         label_dim: int = 0,
         blocks: int = 1,
         embed_dim: int = 64,
-        patch_size: int = 1,
+        patch_size: int | None = 1,
     ) -> None:
         super().__init__()
+        patch_size = patch_size or default_patch_size(img_resolution)
         stages = count_stages(img_resolution, img_channels, widths, patch_size)
         self.z_dim, self.label_dim = z_dim, label_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels

@@ -38,8 +38,8 @@ def count_stages(
         raise ValueError(f"img_resolution={img_resolution}: must be a power of two from 16 to 256")
     if img_channels not in (1, 3):
         raise ValueError(f"img_channels={img_channels}: must be 1 (grey) or 3 (RGB)")
-    if patch_size not in (1, 2, 4):
-        raise ValueError(f"patch_size={patch_size}: must be 1, 2 or 4")
+    if patch_size not in (1, 2, 4, 8):
+        raise ValueError(f"patch_size={patch_size}: must be 1, 2, 4 or 8")
     finest = img_resolution // patch_size
     stages = int(math.log2(finest)) - 1
     missing = stages - len(widths)
@@ -51,21 +51,36 @@ def count_stages(
     return stages
 
 
+def default_patch_size(img_resolution: int) -> int:
+    """Return the patch size at which the finest feature map has 16 px, between 1 and 8."""
+    return min(8, max(1, img_resolution // 16))
+
+
 class ConvToPixels(nn.Sequential):
-    """The last layer of a generator: (N, C, H, W) -> (N, img_channels, H patch_size, W patch_size).
+    """The end of a generator: (N, C, H, W) -> (N, img_channels, H patch_size, W patch_size).
 
     Sub-pixel convolution (Shi et al. 2016). The pixels of a patch start with equal weights, so that
     training does not start from a checkerboard (Aitken et al. 2017). A [1, 2, 1] filter, which is 0
     at the checkerboard's frequency, suppresses it later; it was visible in plain backgrounds.
+
+    Larger patches than 2 are not drawn at once: at 4, plain areas were covered with dots. A third
+    of the channels is upsampled, and an activation follows, until patches of 2 remain.
     """
 
     def __init__(self, channels: int, img_channels: int, patch_size: int) -> None:
+        layers: list[nn.Module] = []
+        while patch_size > 2:
+            thin = max(8, channels // 3)
+            mix = init_conv(nn.Conv2d(channels, thin, 1, bias=False), gain=1)
+            layers += [mix, Upsample2x(), BiasLeakyReLU(thin)]
+            channels, patch_size = thin, patch_size // 2
         conv = init_conv(nn.Conv2d(channels, img_channels * patch_size**2, 3, padding=1), gain=1)
         with torch.no_grad():
             conv.weight.copy_(conv.weight[:img_channels].repeat_interleave(patch_size**2, dim=0))
-        super().__init__(conv)
+        layers.append(conv)
         if patch_size > 1:
-            self.extend([nn.PixelShuffle(patch_size), Smooth()])
+            layers += [nn.PixelShuffle(patch_size), Smooth()]
+        super().__init__(*layers)
 
 
 class Smooth(nn.Module):
@@ -265,6 +280,13 @@ def last_layer(conv: nn.Module) -> nn.Conv2d:
 def upsample2x(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, 2H, 2W) with the antialiasing filter [1, 3, 3, 1] (bilinear)."""
     return _Upsample2x.apply(x) if torch.compiler.is_compiling() else _bilinear2x(x)
+
+
+class Upsample2x(nn.Module):
+    """`upsample2x` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample2x(x)
 
 
 def _bilinear2x(x: Tensor) -> Tensor:
