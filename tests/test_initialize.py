@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 
 from vgan.config import ExportConfig
 from vgan.inference.export import export
+from vgan.models.discriminator import Discriminator
+from vgan.models.generator import Generator
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.training.initialize import Source, initialize
 
 WIDTHS = ["size.g_widths=[8,8,8,8]", "size.d_widths=[8,8,8,8]"]
 SHORT = ["total_kimg=0.016", "optim.lr_G.start=0", "optim.lr_G.end=0"]
@@ -63,6 +66,36 @@ def test_at_twice_the_resolution_only_the_finest_stages_are_new(
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("init="))
     assert "stages.0" in line.split("of D, new:")[1]
     assert "stages.1" not in line.split("of D, new:")[1]
+
+
+def test_modulation_begins_from_nothing_or_from_the_source(source: Path, tmp_path: Path) -> None:
+    words = [*WIDTHS, *SHORT, "size.modulation=true", "seed=3"]
+    train_in_process(tmp_path / "new", *words, f"init={source}")
+    first = state_of(tmp_path / "new")["G"]
+    assert torch.equal(first["stages.0.0.conv_a.depthwise.weight"],
+                       state_of(source)["G_ema"]["stages.0.0.conv_a.depthwise.weight"])  # fmt: skip
+    assert not first["modulations.0.weight"].any()
+
+    # Without classes the columns of z are taken, those of the class embedding are not there.
+    with torch.no_grad():
+        G = Generator(8, 16, [8, 8, 8], label_dim=3, embed_dim=4, modulation=True)
+        G.modulations[0].weight.normal_()
+        new = Generator(8, 16, [8, 8, 8], modulation=True)
+    D = Discriminator(16, [8, 8, 8])
+    taken = Source("other", "", 16, ("a", "b", "c"), dict(G.state_dict()), {})
+    initialize(new, D, taken, ())
+    assert torch.equal(new.modulations[0].weight, G.modulations[0].weight[:, :8])
+
+
+def test_a_run_from_before_modulation_goes_on(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "old")
+    path = checkpoint.find(tmp_path / "old")
+    state = checkpoint.load(path)
+    del state["config"]["model"]["generator"]["modulation"], state["config"]["size"]["modulation"]
+    checkpoint.save(path, state, keep=3)
+    train_in_process(tmp_path / "old", *WIDTHS, "total_kimg=0.096")
+    with pytest.raises(UserError, match="modulation was False, is now True"):
+        train_in_process(tmp_path / "old", *WIDTHS, "total_kimg=0.12", "size.modulation=true")
 
 
 def test_embeddings_follow_the_names_of_the_classes(source: Path, tmp_path: Path) -> None:

@@ -144,6 +144,21 @@ def test_last_layers_cannot_make_a_checkerboard_inside(patch_size: int) -> None:
     assert images.std((2, 3)).max() < 1e-5
 
 
+def test_modulation_starts_as_nothing_and_then_reaches_every_stage() -> None:
+    torch.manual_seed(0)
+    plain = Generator(8, 16, WIDTHS, label_dim=2, embed_dim=4)
+    G = Generator(8, 16, WIDTHS, label_dim=2, embed_dim=4, modulation=True)
+    missing = G.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    z, c = torch.randn(2, 8), torch.eye(2)
+    assert torch.equal(G(z, c), plain(z, c))
+    assert {name.split(".")[1] for name in missing} == {"0", "1"}  # at 8 and 16 px
+
+    G(z, c).square().sum().backward()
+    for modulation in G.modulations:
+        assert modulation.weight.grad is not None
+        assert (modulation.weight.grad != 0).all()  # from z and from the class
+
+
 def test_conditioning_reaches_both_networks() -> None:
     torch.manual_seed(0)
     z, c = torch.randn(1, 8).expand(2, 8), torch.eye(2)

@@ -95,6 +95,7 @@ class SizeConfig:
     blocks: int = key("residual blocks per stage", above(0))
     expansion: int = key("channel expansion inside a residual block")
     patch_size: int | None = key("px per side of a cell of the finest map; null: 16 x 16 cells")
+    modulation: bool = key("whether z and class scale the features of every stage of the generator")
     gradient_checkpointing: bool = key(
         "recompute activations in the backward pass: less memory, a third more time"
     )

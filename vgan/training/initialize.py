@@ -20,6 +20,7 @@ from vgan.runtime.errors import UserError
 
 _STAGE = re.compile(r"^(stages|transitions)\.(\d+)\.")
 # What follows from the resolution, the colours or the classes, and may have another shape.
+_LATENT = ("input.scale.", "modulations.")  # linear maps of z, then of the class embedding
 _ENDS = ("act.", "to_rgb.", "from_rgb.")
 
 
@@ -100,7 +101,7 @@ def _copy(
             for i, label in enumerate(labels):
                 if label in source.labels:
                     target[:, i] = value[:, source.labels.index(label)]
-        elif key == "input.scale.weight" and len(value) == len(target):
+        elif key.startswith(_LATENT) and key.endswith("weight") and len(value) == len(target):
             if _z_dim(weights) != _z_dim(own):
                 raise _misfit(source, name, key, value, target)
             columns = min(value.shape[1], target.shape[1])  # those of z; classes come after it

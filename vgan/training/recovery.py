@@ -92,6 +92,8 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         config.pop("model.generator.gradient_checkpointing", None)
         config.pop("model.discriminator.gradient_checkpointing", None)
     before = {"init": None, "freeze_d": 0, **before}
+    if "model.generator.modulation" in now:  # not in the first versions
+        before.setdefault("model.generator.modulation", False)
     # A setting that an earlier version did not know had no effect then, except in these.
     added = {k for k in now.keys() ^ before.keys() if k.startswith(("model.", "optim.optimizer"))}
     common = now.keys() & before.keys()
