@@ -19,8 +19,8 @@ from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
 
 _STAGE = re.compile(r"^(stages|transitions)\.(\d+)\.")
-# What follows from the resolution, the colours or the classes, and may have another shape.
 _LATENT = ("input.scale.", "modulations.")  # linear maps of z, then of the class embedding
+# What follows from the resolution, the colours or the classes, and may have another shape.
 _ENDS = ("act.", "to_rgb.", "from_rgb.")
 
 
