@@ -489,7 +489,7 @@ def test_checkpoint_of_another_model_or_of_other_data_is_refused(
     assert (
         "holds another model or optimizer (model.generator.attention was self, is now none)" in line
     )
-    assert "use another run_dir" in line
+    assert "give model.generator.attention=self, or use another run_dir" in line
     other = message(*run.train(*TINY, "run_dir=r", "optim.optimizer._target_=torch.optim.AdamW"))
     assert "optim.optimizer._target_ was torch.optim.Adam, is now torch.optim.AdamW" in other
     assert "other data (data.seed was 0, is 9)" in message(

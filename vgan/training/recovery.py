@@ -102,7 +102,11 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         change = f"{k} was {before.get(k)}, is now {now.get(k)}"
         if k.startswith(("model.", "optim.optimizer._target_")) and k != "model.name":
             message = f"holds another model or optimizer ({change})"
-            raise UserError(f"{where}: {message}; use another run_dir")
+            fix = "use"
+            if k in before:
+                was = str(before[k]).replace("None", "null").replace(" ", "")
+                fix = f"give {k}={was}, or use"
+            raise UserError(f"{where}: {message}; {fix} another run_dir")
         rule = f"was {before.get(k)}, and the run has begun with it; keep it or use another run_dir"
         require(k != "init" or now[k] is None, k, now[k], rule)
         require(k != "freeze_d", k, now.get(k), rule)
