@@ -11,6 +11,7 @@ growth of the process. Sets that fit a GPU are usually kept there: --hold measur
 import argparse
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,18 @@ def measure(
     return batches * batch_size / elapsed, (loader.waited_s - waited_s) / elapsed, grown_mb
 
 
+def measure_sparse(
+    images: int, resolution: int, batch_size: int, batches: int, step_ms: float,
+    device: torch.device, hold: bool = False,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Measure a set of that many images of zeros, as `measure` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        array = sparse_array(Path(folder) / "images.npy", (images, resolution, resolution, 3))
+        dataset = Dataset("sparse", array, np.zeros(images, np.int64), (), "")
+        with closing(Loader(dataset, batch_size, 0, device, hold_on_device=hold)) as loader:
+            return measure(loader, batch_size, batches, step_ms, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,17 +81,13 @@ def main() -> None:
     args = parser.parse_args()
     device, size = pick_device(args.device), args.resolution
     images = args.images if args.gb is None else round(args.gb * 1e9 / (size * size * 3))
-    with tempfile.TemporaryDirectory() as folder:
-        array = sparse_array(Path(folder) / "images.npy", (images, size, size, 3))
-        size_gb = f"{array.nbytes / 1e9:.1f} GB"
-        print(f"{images:,} images of {size} px, {size_gb}, batches of {args.batch_size}, {device}")
-        for step_ms in (0.0, args.step_ms):
-            dataset = Dataset("sparse", array, np.zeros(images, np.int64), (), "")
-            loader = Loader(dataset, args.batch_size, 0, device, hold_on_device=args.hold)
-            rate, share, grown = measure(loader, args.batch_size, args.batches, step_ms, device)
-            loader.close()
-            waiting = f"{rate:,.0f} img/s, waiting {share:.2%} of the time"
-            print(f"steps of {step_ms:g} ms: {waiting}, process grew by {grown:,.0f} MB")
+    size_gb = f"{images * size * size * 3 / 1e9:.1f} GB"
+    print(f"{images:,} images of {size} px, {size_gb}, batches of {args.batch_size}, {device}")
+    for step_ms in (0.0, args.step_ms):
+        how = (args.batch_size, args.batches, step_ms, device, args.hold)
+        rate, share, grown = measure_sparse(images, size, *how)
+        waiting = f"{rate:,.0f} img/s, waiting {share:.2%} of the time"
+        print(f"steps of {step_ms:g} ms: {waiting}, process grew by {grown:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ assert relative(fused(x), results[0][0]) < 1e-5
 print("as plain torch")
 """
 
-FOR_HOPPER = """
+FOR_GPUS = """
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -74,15 +74,16 @@ for kernel in (kernels._forward_kernel, kernels._backward_kernel):
         attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
         constants = {(names.index(n),): value for n, value in constants.items() if n in names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-        assert ".target sm_90" in ptx and ".local" not in ptx, "registers spilled"
-        assert "ld.global.v2" in ptx, "loads are not vectors"
+        for capability in (80, 90, 100):  # A100, H100 and H200, B200
+            ptx = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+            assert f".target sm_{capability}" in ptx and ".local" not in ptx, "registers spilled"
+            assert "ld.global.v2" in ptx, "loads are not vectors"
 print("compiled")
 """
 
 
 @pytest.mark.slow  # the interpreter runs one element at a time
-@pytest.mark.parametrize(("code", "interpret"), [(AGAINST_TORCH, "1"), (FOR_HOPPER, "0")])
+@pytest.mark.parametrize(("code", "interpret"), [(AGAINST_TORCH, "1"), (FOR_GPUS, "0")])
 def test_operator(code: str, interpret: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": interpret}
     done = subprocess.run(
