@@ -69,6 +69,8 @@ TOGGLES = {
         "grouped": GROUPED,
         "grouped, exact, eager": f"{GROUPED} penalty=double_backward compile=false",
         "depthwise=triton": "depthwise=triton",
+        "pointwise=matmul": "pointwise=matmul",
+        "triton, matmul": "depthwise=triton pointwise=matmul",
         "cuda_graphs": "cuda_graphs=true",
         "plain": "plain",
     },

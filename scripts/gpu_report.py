@@ -35,7 +35,7 @@ from bench_feed import measure_sparse
 
 Figures = dict[str, Any]
 BEGIN, END = "<!-- gpu_report -->", "<!-- end of gpu_report -->"
-GPU_ONLY = ("speed: eager", "speed: depthwise=triton", "speed: cuda_graphs")
+GPU_ONLY = ("eager", "depthwise=triton", "triton, matmul", "cuda_graphs")
 AT_MINUTES = (2, 4, 7)  # of a training of 7 minutes
 # The first that matches names a kernel's group.
 GROUPS = {
@@ -196,6 +196,7 @@ def parts(sizes: Sizes, out: Path, cifar: Path | None, minutes: float) -> dict[i
         Step("speed: default", 150, partial(measure_base, at32, seconds)),
         speed("speed: eager", "compile=false"),
         speed("speed: depthwise=triton", "depthwise=triton"),
+        speed("speed: triton, matmul", "depthwise=triton", "pointwise=matmul"),
         Step("profile", 60, partial(profile, at32, 10 if sizes is FULL else 2)),
         Step("start: cold", 60, partial(measure_start, at32, out / "cache")),
         Step("start: warm", 60, partial(measure_start, at32, out / "cache")),
@@ -213,6 +214,7 @@ def parts(sizes: Sizes, out: Path, cifar: Path | None, minutes: float) -> dict[i
     fourth = [
         speed("32 px: patches of 2 px", "size.patch_size=2"),
         speed("32 px: patches of 2 px, depthwise=triton", "size.patch_size=2", "depthwise=triton"),
+        speed("32 px: pointwise=matmul", "pointwise=matmul"),
         speed("32 px: no penalty", "loss.penalty_every=1000000"),
         speed("32 px: penalty=finite_difference", "penalty=finite_difference"),
         speed("32 px: penalty=double_backward", "penalty=double_backward"),
@@ -223,7 +225,7 @@ def parts(sizes: Sizes, out: Path, cifar: Path | None, minutes: float) -> dict[i
         speed("32 px: size=l", "size=l"),
     ]
     if sizes is TINY:  # the others need a GPU, or are the same for the rehearsal
-        first = [step for step in first if step.name not in GPU_ONLY]
+        first = [step for step in first if step.name[7:] not in GPU_ONLY]
         third, fourth = [third[0], third[-1]], [fourth[0], fourth[-3]]
     return {1: first, 2: second, 3: third, 4: fourth}
 

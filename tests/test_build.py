@@ -12,6 +12,7 @@ from PIL import Image
 
 from vgan import cli
 from vgan.config import CONFIG_DIR, TrainConfig
+from vgan.models.layers import PointwiseConv2d
 from vgan.runtime.errors import UserError
 from vgan.runtime.instantiate import construct, construct_own
 from vgan.training.setup import build_networks, setup
@@ -196,3 +197,12 @@ def test_initial_weights_follow_from_the_seed_and_leave_the_global_state() -> No
 def test_a_checkpoint_may_name_vgans_networks_only(node: dict[str, object]) -> None:
     with pytest.raises(UserError, match="vgan's own classes only"):
         construct_own(node, "model.generator", {})
+
+
+@pytest.mark.parametrize("pointwise", ["auto", "matmul"])
+def test_pointwise_convolutions_run_as_chosen(pointwise: str) -> None:
+    words = ("data.resolution=16", "data.size=40", f"pointwise={pointwise}")
+    state = setup(train_config(*TINY, *words), CPU, "fp32").state
+    for network in (state.G, state.D, state.G_ema):
+        layers = [m for m in network.modules() if isinstance(m, PointwiseConv2d)]
+        assert {layer.as_matmul for layer in layers} == {pointwise == "matmul"}

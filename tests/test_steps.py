@@ -11,6 +11,7 @@ from vgan.data.loader import Batch, Loader
 from vgan.data.source import Dataset
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator
+from vgan.models.layers import PointwiseConv2d, select_pointwise
 from vgan.runtime.device import missing_compiler
 from vgan.runtime.rng import Streams, signs, words
 from vgan.training.losses import LOSSES, PENALTIES, RELATIVISTIC
@@ -262,3 +263,28 @@ def test_compiled_steps_on_a_gpu_agree_with_plain_ones(cuda_graphs: bool) -> Non
             values = train_step(state, how, make_batch(4 * step, CUDA), HP)
             scalars.append({k: v.item() for k, v in values.items()})
         assert scalars[1] == pytest.approx(scalars[0], rel=0.01, abs=1e-3)
+
+
+def test_pointwise_convolutions_as_matrix_products_change_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state, how, zero = make_state(), make_objective(), torch.zeros(())
+    for p in [*state.G.parameters(), *state.D.parameters()]:
+        torch.nn.init.normal_(p, std=0.2)
+
+    def gradients() -> list[torch.Tensor]:
+        d_loss, _ = d_objective(state.G, state.D, how, zero + 3, zero, 1, make_batch())
+        g_loss, _ = g_objective(state.G, state.D, how, zero, make_batch())
+        found = torch.autograd.grad(d_loss, list(state.D.parameters()))
+        return [*found, *torch.autograd.grad(g_loss, list(state.G.parameters()))]
+
+    before = gradients()
+    for network in (state.G, state.D):
+        select_pointwise(network, as_matmul=True)
+    monkeypatch.setattr(PointwiseConv2d, "_conv_forward", None)  # no convolution is left
+    for a, b in zip(before, gradients()):
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
+    layer, x = PointwiseConv2d(6, 10), torch.randn(2, 6, 4, 8)
+    layer.as_matmul = True
+    y = layer(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)

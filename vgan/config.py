@@ -196,6 +196,7 @@ class TrainConfig:
         "kernels of activation and depthwise convolution: auto, torch or triton (NVIDIA GPUs only)",
         one_of("auto", "torch", "triton"),
     )
+    pointwise: str = key("1x1 convolutions: auto, conv, matmul", one_of("auto", "conv", "matmul"))
     parallel: str = key(
         "under torchrun: ddp (a copy per device) or fsdp (weights sharded, for large networks)",
         one_of("ddp", "fsdp"),

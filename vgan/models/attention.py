@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgan.models.layers import init_conv
+from vgan.models.layers import PointwiseConv2d, init_conv
 
 
 def default_heads(channels: int) -> int:
@@ -38,9 +38,9 @@ class SelfAttention2d(nn.Module):
         self.num_heads = num_heads or default_heads(in_channels)
         if in_channels % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads}: must divide in_channels={in_channels}")
-        self.to_qkv = init_conv(nn.Conv2d(in_channels, 3 * in_channels, 1, bias=False), gain=1)
+        self.to_qkv = init_conv(PointwiseConv2d(in_channels, 3 * in_channels, bias=False), gain=1)
         self.query_gain = nn.Parameter(torch.ones(self.num_heads, 1, 1))
-        self.to_out = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
+        self.to_out = init_conv(PointwiseConv2d(in_channels, out_channels, bias=False), gain=1)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
@@ -105,7 +105,7 @@ class AdaptiveAttention2d(nn.Module):
             nn.init.zeros_(parameter)
         self.project: nn.Module = nn.Identity()
         if in_channels != out_channels:
-            self.project = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain=1)
+            self.project = init_conv(PointwiseConv2d(in_channels, out_channels, bias=False), gain=1)
 
     def forward(self, x: Tensor) -> Tensor:
         attended = self.attention(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vgan.models.layers import (
     BiasLeakyReLU,
+    PointwiseConv2d,
     ResidualBlock,
     count_stages,
     default_patch_size,
@@ -124,7 +125,7 @@ class Discriminator(DiscriminatorBase):
             if i:
                 self.shrinks.append(grow(1))
                 jump *= 2 if self.shrinks[-1] else 1
-                mix = nn.Conv2d(widths[i], widths[i - 1], 1, bias=False)
+                mix = PointwiseConv2d(widths[i], widths[i - 1], bias=False)
                 self.transitions.append(init_conv(mix, gain=1))
         width = widths[0]
         self.act = BiasLeakyReLU(width)

@@ -10,6 +10,7 @@ from vgan.models.attention import attention_layer
 from vgan.models.layers import (
     BiasLeakyReLU,
     ConvToPixels,
+    PointwiseConv2d,
     ResidualBlock,
     count_stages,
     default_patch_size,
@@ -133,7 +134,7 @@ class Generator(GeneratorBase):
                 stage.append(attention_layer(attention, width))
             self.stages.append(stage)
             if i + 1 < stages:  # before upsampling, where it costs a quarter
-                mix = nn.Conv2d(width, widths[i + 1], 1, bias=False)
+                mix = PointwiseConv2d(width, widths[i + 1], bias=False)
                 self.transitions.append(init_conv(mix, gain=1))
         modulated = widths[1:stages] if modulation else []
         self.modulations = nn.ModuleList(

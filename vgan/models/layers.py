@@ -27,6 +27,32 @@ def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
     return conv
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution: (N, in_channels, H, W) -> (N, out_channels, H, W).
+
+    With `as_matmul` it is one product of (N H W, in_channels) with the weights; channels-last maps
+    are such matrices already. See `select_pointwise`.
+    """
+
+    as_matmul = False
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.as_matmul:
+            return super().forward(x)
+        y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return y.permute(0, 3, 1, 2)
+
+
+def select_pointwise(network: nn.Module, as_matmul: bool) -> None:
+    """Select how 1x1 convolutions run: as matrix products, or as convolutions."""
+    for layer in network.modules():
+        if isinstance(layer, PointwiseConv2d):
+            layer.as_matmul = as_matmul
+
+
 def count_stages(
     img_resolution: int, img_channels: int, widths: Sequence[int], patch_size: int
 ) -> int:
@@ -71,7 +97,7 @@ class ConvToPixels(nn.Sequential):
         layers: list[nn.Module] = []
         while patch_size > 2:
             thin = max(8, channels // 3)
-            mix = init_conv(nn.Conv2d(channels, thin, 1, bias=False), gain=1)
+            mix = init_conv(PointwiseConv2d(channels, thin, bias=False), gain=1)
             layers += [mix, Upsample2x(), BiasLeakyReLU(thin)]
             channels, patch_size = thin, patch_size // 2
         conv = init_conv(nn.Conv2d(channels, img_channels * patch_size**2, 3, padding=1), gain=1)
@@ -125,7 +151,7 @@ class SeparableConv2d(nn.Module):
             in_channels, in_channels, kernel_size, stride, padding, groups=groups, bias=False
         )
         self.depthwise = init_conv(depthwise, gain=1)
-        self.pointwise = init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
+        self.pointwise = init_conv(PointwiseConv2d(in_channels, out_channels, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(x))
@@ -144,7 +170,7 @@ def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     if kind == "dense":
         return init_conv(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
     if kind == "pointwise":
-        return init_conv(nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        return init_conv(PointwiseConv2d(in_channels, out_channels, bias=False))
     raise ValueError(f"conv={kind}: unknown; use dense, grouped, separable or pointwise")
 
 

@@ -19,7 +19,7 @@ CHANGES = ("new random numbers", "half the learning rates", "twice the gamma")
 # Settings that say where, how fast and how often, not what is learned: they change on resume
 # without a message.
 _FREE = {
-    "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "threads",
+    "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "pointwise", "threads",
     "deterministic", "tick_kimg", "snapshot_kimg", "checkpoint_kimg", "checkpoint_minutes",
     "keep_checkpoints", "data", "eval_kimg", "eval", "features", "watchdog", "batch_gpu",
     "parallel",

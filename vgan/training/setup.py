@@ -17,7 +17,7 @@ from vgan.data.source import Dataset
 from vgan.data.webdataset import ShardLoader
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
-from vgan.models.layers import fuse_depthwise
+from vgan.models.layers import fuse_depthwise, select_pointwise
 from vgan.runs import checkpoint
 from vgan.runtime.device import keep_compiled, pick_compile, pick_depthwise
 from vgan.runtime.distributed import (
@@ -212,6 +212,8 @@ def build_state(
     if pick_depthwise(cfg.depthwise, device) == "triton":
         fuse_depthwise(G)
         fuse_depthwise(D)
+    for network in (G, D):  # auto: convolutions, as nothing else was timed on a GPU
+        select_pointwise(network, cfg.pointwise == "matmul")
     G_ema = ema_copy(G)
     if cfg.parallel == "fsdp" and world_size() > 1:
         for network in (G, D, G_ema):
