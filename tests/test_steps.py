@@ -1,10 +1,12 @@
 """One step of each network does what the algorithm says."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vgan.data.augment import TRANSFORMS, Augment
 from vgan.data.loader import Batch, Loader
@@ -211,6 +213,44 @@ def test_every_penalty_trains(penalty: str) -> None:
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
+
+
+class SynchronizingCalls(TorchDispatchMode):
+    """Notes the calls that make the host wait for a GPU, or copy a constant to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = f.overloadpacket.__name__
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        has_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if has_mask or name.startswith(waits):
+            self.found.add(name)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("attention", ["self", "adaptive"])
+def test_no_call_of_a_step_waits_for_the_device(penalty: str, attention: str) -> None:
+    """What the test with a GPU below asserts for one network, for the calls of every option."""
+    state = make_state()
+    size = {"label_dim": 2, "attention": attention, "modulation": True, "patch_size": 2}
+    state.G = Generator(8, 16, [8, 8], **size)
+    state.G_ema = ema_copy(state.G)
+    for name in ("G", "D"):
+        optimizer = torch.optim.Adam(getattr(state, name).parameters(), fused=True)
+        setattr(state, f"opt_{name}", optimizer)
+    how = replace(make_objective(), augment=Augment(list(TRANSFORMS)), penalty=penalty)
+    hp = replace(HP, augment_p=0.5)
+    stats = Stats()
+    for step, weight in enumerate((1, 0, 4)):
+        batch = make_batch(4 * step)
+        with SynchronizingCalls() as calls:
+            stats.add(train_step(state, how, batch, replace(hp, penalty_weight=weight)))
+        assert not calls.found
 
 
 @pytest.mark.gpu

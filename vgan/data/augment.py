@@ -117,12 +117,10 @@ def luma_flip(apply: Tensor, u: Tensor) -> Tensor:
 def hue(apply: Tensor, u: Tensor) -> Tensor:
     """Rotate colours around the grey axis by any angle."""
     angle = ((u[:, 0] * 2 - 1) * math.pi * apply)[:, None, None]
-    grey = _grey(apply)
-    r = 1 / math.sqrt(3)
-    cross = apply.new_tensor([[0, -r, r], [r, 0, -r], [-r, r, 0]])
-    return _moved(
-        angle.cos() * _identity(apply, 3) + angle.sin() * cross + (1 - angle.cos()) * grey
-    )
+    grey, identity = _grey(apply), _identity(apply, 3)
+    # The cross product with the grey axis. As a constant it would be copied to a GPU at every call.
+    cross = (identity.roll(-1, 2) - identity.roll(1, 2)) / math.sqrt(3)
+    return _moved(angle.cos() * identity + angle.sin() * cross + (1 - angle.cos()) * grey)
 
 
 def saturation(apply: Tensor, u: Tensor) -> Tensor:
