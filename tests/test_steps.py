@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vgan.data.augment import TRANSFORMS, Augment
@@ -251,6 +252,38 @@ def test_no_call_of_a_step_waits_for_the_device(penalty: str, attention: str) ->
         with SynchronizingCalls() as calls:
             stats.add(train_step(state, how, batch, replace(hp, penalty_weight=weight)))
         assert not calls.found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests with a GPU say more")
+@pytest.mark.parametrize("penalty", ["jvp", "finite_difference"])  # no backward pass inside
+def test_both_losses_stay_on_a_gpu(penalty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward passes on tensors without data that claim to be on a GPU: a mix of devices fails."""
+    mode, device = FakeTensorMode(), torch.device("cuda", 0)
+
+    def on_gpu(x: torch.Tensor) -> FakeTensor:
+        return FakeTensor(mode, x.detach().to("meta"), device)
+
+    G = Generator(8, 16, [8, 8, 8], label_dim=2, attention="adaptive", modulation=True)
+    D = Discriminator(16, [8, 8, 8], label_dim=2)
+    for layer in (*G.modules(), *D.modules()):
+        for name, p in layer.named_parameters(recurse=False):
+            setattr(layer, name, torch.nn.Parameter(on_gpu(p)))
+    for name, value in {
+        "is_available": True,
+        "is_bf16_supported": True,
+        "_lazy_init": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    how = replace(make_objective(), augment=Augment(list(TRANSFORMS)), penalty=penalty)
+    how = replace(how, device=device, precision="bf16")
+    real, c = on_gpu(REAL), on_gpu(C)
+    with mode:
+        zero = torch.zeros((), device=device)
+        batch = Batch(real, c, Streams(0, 0, 4, device))
+        loss_D, _ = d_objective(G, D, how, zero, zero, 1, batch)
+        loss_G, _ = g_objective(G, D, how, zero, batch)
+    assert loss_D.device == loss_G.device == device
 
 
 @pytest.mark.gpu
