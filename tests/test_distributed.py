@@ -85,6 +85,7 @@ def close(a: Path, b: Path, rel: float) -> None:
     [
         pytest.param((), marks=pytest.mark.slow),
         FOLLOWING,
+        pytest.param(("compile=true",), marks=pytest.mark.slow),
         pytest.param(("batch_gpu=3", "holdout=8"), marks=pytest.mark.soak),
     ],
 )

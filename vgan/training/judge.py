@@ -10,21 +10,22 @@ from vgan.runtime.rng import Streams
 from vgan.training.losses import Loss
 
 
-def d_judge_loss(
+def add_d_judge_loss(
     D: DiscriminatorBase,
     d_loss: Loss,
+    patch_loss: Tensor,
     images: Tensor,
     c: Tensor,
     rng: Streams,
     penalty_weight: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the judge's loss () on reals and fakes, stacked along the batch, and its scalars.
+    """Return D's loss (), that of the patches and the judge's, and the judge's scalars.
 
-    penalty_weight: 0 in steps without a gradient penalty. The judge and the patches share no
-    weights, so their losses are added without a factor. A discriminator without a judge has 0.
+    images: reals and fakes, stacked along the batch. penalty_weight: 0 in steps without a gradient
+    penalty. The judge and the patches share no weights, so their losses are added without a factor.
     """
-    if D.judge_weight == 0:
-        return images.new_zeros(()), {}
+    if D.judge_weight == 0:  # adding 0 would lose the gradient when compiled (torch 2.15)
+        return patch_loss, {}
     verdict = D.judge(images, c, rng if penalty_weight > 0 else None)
     pairs = [logits.chunk(2) for logits in verdict.logits]
     loss = _mean([d_loss(real, fake) for real, fake in pairs])
@@ -34,7 +35,7 @@ def d_judge_loss(
         norm = 2 * verdict.grad_norm_sq.mean()  # of reals and of fakes
         loss = loss + D.judge_gamma * penalty_weight / 2 * norm
         scalars["judge/penalty"] = (D.judge_gamma / 2 * norm).detach()
-    return loss, scalars
+    return patch_loss + loss, scalars
 
 
 def add_g_judge_loss(

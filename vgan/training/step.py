@@ -13,7 +13,7 @@ from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.runtime.device import autocast
 from vgan.runtime.distributed import world_size
-from vgan.training.judge import add_g_judge_loss, d_judge_loss
+from vgan.training.judge import add_d_judge_loss, add_g_judge_loss
 from vgan.training.losses import PENALTIES, Loss
 from vgan.training.optimize import MicroBatches, Scalars, optimize, set_hyperparameters
 from vgan.training.schedules import HyperParameters
@@ -38,11 +38,13 @@ def d_objective(
             logits, grad_norm_sq = PENALTIES[how.penalty](D, images, cc, v)  # at D's input
         else:
             logits, grad_norm_sq = D(images, cc), None
-        judged, judge_scalars = d_judge_loss(D, how.d_loss, images, cc, rng, penalty_weight)
-    logits_real, logits_fake = logits.float().chunk(2)
-    loss = how.d_loss(logits_real, logits_fake)
+        logits_real, logits_fake = logits.float().chunk(2)
+        patch_loss = how.d_loss(logits_real, logits_fake)
+        loss, judge_scalars = add_d_judge_loss(
+            D, how.d_loss, patch_loss, images, cc, rng, penalty_weight
+        )
     margin = (logits_real - logits_fake if how.relativistic else logits_real).detach()
-    scalars = {"loss/D": loss.detach(), "logits/real_sign": margin.sign().mean()}
+    scalars = {"loss/D": patch_loss.detach(), "logits/real_sign": margin.sign().mean()}
     scalars["logits/real"] = logits_real.detach().mean()
     scalars["logits/fake"] = logits_fake.detach().mean()
     if grad_norm_sq is not None:
@@ -50,7 +52,7 @@ def d_objective(
         loss = loss + gamma / 2 * (r1 + r2)
         scalars["loss/penalty"] = (gamma / penalty_weight / 2 * (r1 + r2)).detach()
         scalars |= {"penalty/r1": r1.detach(), "penalty/r2": r2.detach()}
-    return loss + judged, scalars | judge_scalars
+    return loss, scalars | judge_scalars
 
 
 def g_objective(
