@@ -5,6 +5,7 @@ from vgan.data.augment import (
     COLOURS,
     TRANSFORMS,
     Augment,
+    _grid_sample,
     cutout,
     flip,
     quarter_turns,
@@ -76,6 +77,18 @@ def test_geometry_in_one_resampling_is_what_the_matrices_say() -> None:
     both = resample(x, [by_a_pixel, right_angle])
     assert torch.allclose(both, torch.rot90(moved, 1, (2, 3)), atol=1e-5)
     assert torch.equal(resample(x, [torch.eye(3)[None]]), x)
+
+
+def test_deterministic_resampling_is_the_same(generator: torch.Generator) -> None:
+    x = torch.randn(3, 2, 8, 6, generator=generator, requires_grad=True)
+    grid = 3 * (2 * torch.rand(3, 8, 6, 2, generator=generator) - 1)
+    ours = _grid_sample(x, grid)
+    how = {"mode": "bilinear", "padding_mode": "reflection", "align_corners": False}
+    theirs = torch.nn.functional.grid_sample(x, grid, **how)  # type: ignore[arg-type]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    weight = torch.randn(ours.shape, generator=generator)
+    gradients = [torch.autograd.grad(y, x, weight)[0] for y in (ours, theirs)]
+    assert torch.allclose(*gradients, atol=1e-4)
 
 
 def test_scale_and_stretch_keep_what_they_should() -> None:

@@ -37,9 +37,11 @@ REAL = torch.linspace(-1, 1, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 C = torch.eye(2).repeat(2, 1)
 
 
-def make_state(device: torch.device = CPU, precision: str = "fp32") -> TrainState:
+def make_state(
+    device: torch.device = CPU, precision: str = "fp32", patch_size: int = 1
+) -> TrainState:
     torch.manual_seed(0)
-    G = Generator(8, 16, [8, 8, 8], label_dim=2).to(device)
+    G = Generator(8, 16, [8, 8, 8], label_dim=2, patch_size=patch_size).to(device)
     D = Discriminator(16, [8, 8, 8], label_dim=2).to(device)
     fused = True if device.type == "cuda" else None
     adam = [torch.optim.Adam(n.parameters(), betas=(0.0, 0.9), fused=fused) for n in (G, D)]
@@ -169,6 +171,64 @@ def test_gradient_is_of_loss_plus_half_gamma_times_penalties() -> None:
         assert p.grad is not None
         assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5)
     assert "penalty/r1" not in step_d(state, make_objective(), weight=0)
+
+
+def test_half_precision_scales_the_loss_and_skips_a_step_that_overflows() -> None:
+    """In fp16 on the CPU: the gradients of fp32, then a scale that is too large for them."""
+    full, half = make_state(), make_state(precision="fp16")
+    with torch.no_grad():
+        for state in (full, half):
+            for i, p in enumerate([*state.G.parameters(), *state.D.parameters()]):
+                p.add_(0.1 * signs(1, "shake", torch.tensor([i]), p.numel()).view_as(p))
+    how = replace(make_objective(), precision="fp16")
+    step_d(full, make_objective()), step_d(half, how)
+    full.D.load_state_dict(half.D.state_dict())  # Adam's step magnifies rounding
+    step_g(full, make_objective()), step_g(half, how)
+    for name in ("D", "G"):
+        networks = getattr(full, name), getattr(half, name)
+        a, b = (torch.cat([p.grad.flatten() for p in net.parameters()]) for net in networks)
+        assert (a - b).norm() < 0.05 * a.norm()
+    before = weights(half.D)
+    half.scaler_D.load_state_dict({**half.scaler_D.state_dict(), "scale": 2.0**40})
+    scalars = step_d(half, how)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(half.D)))
+    assert half.scaler_D.get_scale() == 2.0**39
+    assert scalars["broken/D"] == 0  # not a failure of the run
+
+
+# Raise under deterministic=true on a GPU. F.interpolate replaces its own backward pass there.
+NOT_DETERMINISTIC = (
+    "grid_sampler", "reflection_pad", "replication_pad", "cumsum", "put_", "scatter_reduce",
+    "adaptive_max_pool", "median", "kthvalue", "histc", "bincount", "embedding_bag",
+)  # fmt: skip
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of all calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(f.overloadpacket.__name__)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_deterministic_step_calls_nothing_that_cuda_cannot_repeat(penalty: str) -> None:
+    state = make_state(patch_size=2)
+    how = replace(make_objective(), augment=Augment(list(TRANSFORMS)), penalty=penalty)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Calls() as calls:
+            train_step(state, how, make_batch(), replace(HP, augment_p=0.5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not [name for name in calls.names if name.startswith(NOT_DETERMINISTIC)]
+    with Calls() as calls:
+        train_step(state, how, make_batch(), replace(HP, augment_p=0.5))
+    assert any(name.startswith("grid_sampler") for name in calls.names)  # the faster one
 
 
 def test_compiled_steps_are_whole_graphs_that_no_schedule_makes_anew() -> None:

@@ -206,11 +206,34 @@ def resample(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
         product = step @ product  # a position in the result passes the last step first
     grid = F.affine_grid(product[:, :2].contiguous(), list(images.shape), align_corners=False)
     # Mirrored at most twice; further out the border repeats, which keeps positions finite.
-    moved = F.grid_sample(
-        images, grid.clamp(-3, 3), mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    grid = grid.clamp(-3, 3)
+    if torch.are_deterministic_algorithms_enabled():
+        moved = _grid_sample(images, grid)
+    else:
+        moved = F.grid_sample(
+            images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        )
     untouched = (product == torch.eye(3, device=product.device)).flatten(1).all(1)
     return torch.where(_wide(untouched), images, moved)  # exact, without rounding
+
+
+def _grid_sample(images: Tensor, grid: Tensor) -> Tensor:
+    """Return what F.grid_sample returns, by four gathers; its own backward on CUDA uses atomics."""
+    n, channels, height, width = images.shape
+    corners = []
+    for at, size in ((grid[..., 0], width), (grid[..., 1], height)):
+        at = (at + 1) * size / 2  # from the outer edge of the first pixel
+        at = (at + 2 * size) % (2 * size)
+        at = (torch.minimum(at, 2 * size - at) - 0.5).clamp(0, size - 1)
+        low = at.floor()
+        high = (low + 1).clamp(max=size - 1)
+        corners.append(((low.long(), 1 - at + low), (high.long(), at - low)))
+    flat, moved = images.flatten(2), torch.zeros_like(images)
+    for y, weight_y in corners[1]:
+        for x, weight_x in corners[0]:
+            source = (y * width + x).view(n, 1, -1).expand(-1, channels, -1)
+            moved = moved + flat.gather(2, source).view_as(images) * (weight_x * weight_y)[:, None]
+    return moved
 
 
 def recolour(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
