@@ -1,5 +1,7 @@
 """Sources, the packed store and the feed."""
 
+import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -10,13 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import gdown
+import huggingface_hub
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
+from vgan.data import celeba_mirror, torchvision_sets
 from vgan.data import packed as store
-from vgan.data import torchvision_sets
 from vgan.data.folder import Folder
 from vgan.data.loader import Loader
 from vgan.data.packed import pack
@@ -447,6 +453,101 @@ def test_failed_download_says_which_files_to_put_where(
         getattr(torchvision_sets, kind)(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def write_faces(folder: Path, count: int) -> list[Path]:
+    """Write what the mirror of CelebA has: parquet files of images and attributes."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    for path in paths:
+        rows: dict[str, list[object]] = {"image": [], "celeb_id": [], "Smiling": [], "Male": []}
+        for i in range(count):
+            png = io.BytesIO()
+            colour = (10 * i, 100 * paths.index(path), 0)
+            Image.new("RGB", (178, 218), colour).save(png, format="PNG")
+            rows["image"].append({"bytes": png.getvalue(), "path": f"{i}.png"})
+            rows["celeb_id"].append(i)
+            rows["Smiling"].append(i % 2 == 1)
+            rows["Male"].append(i > 1)
+        parquet.write_table(pyarrow.table(rows), path, row_group_size=3)
+    (folder / "valid-00000-of-00001.parquet").write_bytes(b"")
+    return paths
+
+
+@pytest.fixture
+def hub_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stands in for the mirror on the Hub, and Google Drive refuses."""
+    folder = tmp_path / "hub" / celeba_mirror.FOLDER
+
+    def refuse(*_: object, **__: object) -> None:
+        raise gdown.exceptions.FileURLRetrievalError("Too many users\nhave viewed this file")
+
+    class Api:
+        def list_repo_tree(self, repo: str, path: str, **where: str) -> list[SimpleNamespace]:
+            assert (repo, path) == (celeba_mirror.REPO, celeba_mirror.FOLDER)
+            assert where["revision"] == celeba_mirror.REVISION
+            listed = []
+            for file in sorted(folder.iterdir()):
+                sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+                entry = {"path": f"{path}/{file.name}", "lfs": SimpleNamespace(sha256=sha256)}
+                listed.append(SimpleNamespace(**entry))
+            return listed
+
+    def download(repo: str, path: str, local_dir: Path, **where: str) -> str:
+        there = local_dir / path
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes((folder.parent / path).read_bytes())
+        return str(there)
+
+    monkeypatch.setattr("torchvision.datasets.CelebA", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return folder
+
+
+def test_celeba_comes_from_the_mirror_where_google_drive_refuses(
+    hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write_faces(hub_folder, 4)
+    root = str(tmp_path / "data")
+    faces = torchvision_sets.CelebA(root, 32, attributes=["Male"])
+    out = capsys.readouterr().out
+    assert "Too many users" in out
+    assert celeba_mirror.REPO in out
+    assert len(faces) == 8
+    assert [faces.read(i)[1] for i in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    reds = [int(faces.read(i)[0][16, 16, 0]) for i in (7, 0, 3, 6)]  # in any order
+    assert reds == [30, 0, 30, 20]
+    assert faces.read(5)[0][0, 0].tolist() == [10, 100, 0]
+    for name in ("HfApi", "hf_hub_download"):  # the second time no network is needed
+        monkeypatch.setattr(f"huggingface_hub.{name}", None)
+    assert len(torchvision_sets.CelebA(root, 32)) == 8
+
+
+def test_a_damaged_or_missing_mirror_is_refused(
+    hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_faces(hub_folder, 4)
+    root = tmp_path / "data"
+
+    def damage(repo: str, path: str, local_dir: Path, **_: str) -> str:
+        (local_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        (local_dir / path).write_bytes(b"torn")
+        return str(local_dir / path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", damage)
+    with pytest.raises(UserError, match=r"another SHA-256.*img_align_celeba.zip") as caught:
+        torchvision_sets.CelebA(str(root))
+    assert "\n" not in str(caught.value)
+    assert not list(root.rglob("*.parquet"))
+
+    def no_network(*_: object, **__: object) -> None:
+        raise huggingface_hub.errors.HTTPError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", no_network, raising=False)
+    with pytest.raises(UserError, match="no route to host"):
+        torchvision_sets.CelebA(str(root))
 
 
 def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""CIFAR-10 and CelebA through torchvision, with its downloads and integrity checks."""
+"""CIFAR-10 and CelebA through torchvision, with its downloads and integrity checks.
+
+CelebA also comes from a mirror.
+"""
 
 import difflib
 import hashlib
@@ -7,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vgan.data import celeba_mirror
 from vgan.data.preprocess import to_square_uint8
 from vgan.data.source import Examined, Source, check_image_settings
+from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, first_line
 
 _CIFAR10_FIX = (
@@ -25,11 +30,41 @@ def _fetch(make: Callable[[], Any], name: str, root: Path, fix: str) -> Any:
     """Return make(), a data set of torchvision. Raises UserError with the files to download."""
     try:
         return make()
-    except (urllib.error.URLError, OSError, RuntimeError, ModuleNotFoundError) as e:
+    except (urllib.error.URLError, OSError, RuntimeError) as e:
         raise UserError(
             f"data={name}: could not be downloaded or checked ({first_line(e)}); "
             f"{fix.format(root=root.absolute())}, then give the same command"
         ) from e
+
+
+def _fetch_celeba(root: Path) -> Any:
+    """Return CelebA from Google Drive, through torchvision, or else from the mirror.
+
+    Raises UserError with the files to download where neither is reached.
+    """
+    mirror = root / "celeba-mirror"
+
+    def from_drive() -> Any:
+        # Slow to import.
+        from gdown.exceptions import DownloadError
+        from torchvision.datasets import CelebA
+
+        try:
+            return CelebA(str(root), split="train", download=True)
+        except DownloadError as e:
+            raise OSError(first_line(e)) from e
+
+    def from_mirror() -> Any:
+        return celeba_mirror.CelebAMirror(mirror)
+
+    if celeba_mirror.is_complete(mirror):
+        return _fetch(from_mirror, "celeba", root, _CELEBA_FIX)
+    try:
+        return _fetch(from_drive, "celeba", root, _CELEBA_FIX)
+    except UserError as refused:
+        print0(f"{str(refused).partition(';')[0]}.")
+        print0(f"Trying the mirror {celeba_mirror.REPO} on huggingface.co: 9.4 GB into {mirror}.")
+        return _fetch(from_mirror, "celeba", root, _CELEBA_FIX)
 
 
 class Cifar10(Source):
@@ -81,17 +116,9 @@ class CelebA(Source):
             raise UserError(
                 f"data.crop={crop}: must be from 16 to 178, the width of the images of CelebA"
             )
-        from torchvision.datasets import CelebA as Torchvision  # slow to import
-
         self.name, self.img_resolution, self.img_channels = "celeba", resolution, 3
         self._crop = crop
-        folder = Path(root).expanduser()
-        self._set = _fetch(
-            lambda: Torchvision(str(folder), split="train", download=True),
-            self.name,
-            folder,
-            _CELEBA_FIX,
-        )
+        self._set = _fetch_celeba(Path(root).expanduser())
         names = [n for n in self._set.attr_names if n]
         self._columns = [self._column(a, names) for a in attributes]
         if attributes:
