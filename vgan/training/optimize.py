@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from vgan.data.loader import Batch
@@ -176,6 +175,9 @@ class DDPObjective:
 
 def apply_fsdp(network: nn.Module) -> None:
     """Shard the parameters over all processes, in place; each residual block is gathered alone."""
+    # Imports for seconds.
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     network.to(memory_format=torch.contiguous_format)  # FSDP's only layout; features stay NHWC
     for block in network.modules():
         if isinstance(block, ResidualBlock):
