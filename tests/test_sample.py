@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -37,6 +39,14 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ckpt: Path, *overrides: object) -> Path:
     return sample(compose_as(SampleConfig, "sample", f"ckpt={ckpt}", "device=cpu", *overrides))
+
+
+def test_sampling_does_not_import_the_compiler(ckpt: Path, tmp_path: Path) -> None:
+    """Which takes as long to import as all the rest."""
+    words = ["vgan-sample", f"ckpt={ckpt}", "n=2", f"out={tmp_path / 'a.png'}", "device=cpu"]
+    code = f"import sys; sys.argv = {words}; from vgan.cli import sample_main; sample_main(); "
+    code += "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_seeds_are_numbers_of_a_series() -> None:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from vgan.models.backbone import Backbone
 from vgan.models.discriminator import Discriminator, Verdict
-from vgan.models.layers import BiasLeakyReLU, ResidualBlock, downsample2x, init_conv
+from vgan.models.layers import (
+    BiasLeakyReLU,
+    ResidualBlock,
+    downsample2x,
+    init_conv,
+    init_normal,
+)
 from vgan.runtime.rng import Streams
 
 
@@ -176,7 +182,7 @@ class Head(nn.Module):
         if label_dim:
             self.to_embed = init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1)
             self.embed = nn.Linear(label_dim, embed_dim, bias=False)
-            nn.init.normal_(self.embed.weight, std=1 / math.sqrt(embed_dim))
+            init_normal(self.embed.weight, 1 / math.sqrt(embed_dim))
 
     def forward(self, x: Tensor, c: Tensor | None, pairs: bool = False) -> Tensor:
         x = self.block(x, pairs)

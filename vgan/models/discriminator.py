@@ -15,6 +15,7 @@ from vgan.models.layers import (
     default_patch_size,
     downsample2x,
     init_conv,
+    init_normal,
     run_layer,
 )
 from vgan.runtime.rng import Streams
@@ -139,7 +140,7 @@ class Discriminator(DiscriminatorBase):
             # <embed(c), W h_p> / sqrt(embed_dim) starts small: the unconditional logit dominates.
             self.to_embed = init_conv(nn.Conv2d(width, embed_dim, 1, bias=False), gain=1)
             self.embed = nn.Linear(label_dim, embed_dim, bias=False)
-            nn.init.normal_(self.embed.weight, std=1 / math.sqrt(embed_dim))
+            init_normal(self.embed.weight, 1 / math.sqrt(embed_dim))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         return self._run(x, c, pairs=False)

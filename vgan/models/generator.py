@@ -15,6 +15,7 @@ from vgan.models.layers import (
     count_stages,
     default_patch_size,
     init_conv,
+    init_normal,
     run_layer,
     upsample2x,
 )
@@ -35,12 +36,13 @@ class LatentInput(nn.Module):
         self.label_dim = label_dim
         self.embed = nn.Linear(label_dim, embed_dim, bias=False) if label_dim else None
         if self.embed is not None:
-            nn.init.normal_(self.embed.weight, std=0.2)
+            init_normal(self.embed.weight, 0.2)
         features = z_dim + (embed_dim if label_dim else 0)
         self.scale = nn.Linear(features, width)
-        nn.init.normal_(self.scale.weight, std=1 / math.sqrt(features))
+        init_normal(self.scale.weight, 1 / math.sqrt(features))
         nn.init.zeros_(self.scale.bias)
-        self.basis = nn.Parameter(torch.randn(width, 4, 4))
+        self.basis = nn.Parameter(torch.empty(width, 4, 4))
+        init_normal(self.basis, 1.0)
 
     def latent(self, z: Tensor, c: Tensor | None) -> Tensor:
         """Return z, followed by the embedding of its class if there are classes."""

@@ -18,10 +18,16 @@ LEAK = 0.2  # slope of every leaky ReLU below zero
 _GAIN = math.sqrt(2 / (1 + LEAK**2))  # keeps the variance through a leaky ReLU (He et al. 2015)
 
 
+def init_normal(weight: Tensor, std: float) -> None:
+    """Initialise weights ~ N(0, std^2), except on the meta device, where torch imports for 4 s."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
 def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
     """Initialise weights ~ N(0, gain^2 / fan_in) and bias 0; return `conv`."""
     fan_in = conv.weight[0].numel()
-    nn.init.normal_(conv.weight, std=gain / math.sqrt(fan_in))
+    init_normal(conv.weight, gain / math.sqrt(fan_in))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
