@@ -30,7 +30,7 @@ def _fetch(make: Callable[[], Any], name: str, root: Path, fix: str) -> Any:
     """Return make(), a data set of torchvision. Raises UserError with the files to download."""
     try:
         return make()
-    except (urllib.error.URLError, OSError, RuntimeError) as e:
+    except (urllib.error.URLError, OSError, RuntimeError, ModuleNotFoundError) as e:
         raise UserError(
             f"data={name}: could not be downloaded or checked ({first_line(e)}); "
             f"{fix.format(root=root.absolute())}, then give the same command"
