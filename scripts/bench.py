@@ -35,13 +35,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vgan.apps.benchmark import BenchmarkRun, median_seconds, open_benchmark_run
 from vgan.cli import register_schemas
-from vgan.config import CONFIG_DIR, TrainConfig, typed
+from vgan.config import TrainConfig
 from vgan.inference.latents import draw, to_host
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import LatentInput
 from vgan.runtime.device import pick_device, pick_precision, prepare_process
 from vgan.runtime.errors import UserError
 from vgan.runtime.hardware import describe, peak_gb, reset_peak
+from vgan.schema import CONFIG_DIR, typed
 from vgan.training.setup import Run, setup
 from vgan.training.state import update_ema
 from vgan.training.step import d_objective, d_step, g_objective, g_step, train_step

@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vgan import cli, config
+from vgan import cli, schema
 from vgan.runtime import renamed
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -26,7 +26,7 @@ def key_tables() -> str:
     programs: dict[str, list[str]] = {}
     for command in cli.COMMANDS.values():
         programs.setdefault(command.config_name, []).append(command.program)
-    with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
+    with initialize_config_dir(str(schema.CONFIG_DIR), version_base="1.3"):
         for name, twins in programs.items():
             values = OmegaConf.to_container(compose(name))
             lines += [
@@ -35,7 +35,7 @@ def key_tables() -> str:
                 "| key | value | what it is |",
                 "|---|---|---|",
             ]
-            for key, text in config.explained_keys(cli.COMMANDS[twins[0]].schema):
+            for key, text in schema.explained_keys(cli.COMMANDS[twins[0]].schema):
                 lines.append(f"| `{key}` | {_shown(values, key)} | {_cell(text)} |")
             lines.append("")
     return "\n".join(lines)

@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from vgan.cli import register_schemas
-from vgan.config import CONFIG_DIR, typed
 from vgan.data.shapes import SHAPE_NAMES
 from vgan.runs import checkpoint
 from vgan.runtime.instantiate import construct_own
+from vgan.schema import CONFIG_DIR, typed
 from vgan.validation import validate
 
 T = TypeVar("T")

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from vgan import cli
-from vgan.config import CONFIG_DIR, TrainConfig
+from vgan.config import TrainConfig
 from vgan.models.layers import PointwiseConv2d
 from vgan.runtime.errors import UserError
 from vgan.runtime.instantiate import construct, construct_own
+from vgan.schema import CONFIG_DIR
 from vgan.training.setup import build_networks, setup
 from vgan.training.step import train_step
 

@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from vgan import cli, load_generator
-from vgan.config import CONFIG_DIR, SampleConfig, TrainConfig, explained_keys
+from vgan.config import SampleConfig, TrainConfig
 from vgan.runs import checkpoint
+from vgan.schema import CONFIG_DIR, explained_keys
 from vgan.training.setup import setup
 
 TINY = [

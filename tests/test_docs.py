@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_cli import TINY, Cli
 
-from vgan import cli, config
+from vgan import cli, schema
 from vgan.runtime.renamed import upgrade_override
 from vgan.validation import validate
 
@@ -141,7 +141,7 @@ def compositions(program: str, words: list[str], folder: Path) -> Iterator[Any]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_is_accepted(page: str, workshop: Path) -> None:
     cli.register_schemas()
-    with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
+    with initialize_config_dir(str(schema.CONFIG_DIR), version_base="1.3"):
         for _, words, whole in (command for command in COMMANDS if command[0] == page):
             check_command(tuple(words), whole, workshop)
 
@@ -157,7 +157,7 @@ def check_command(words: tuple[str, ...], whole: bool, workshop: Path) -> None:
         assert not (missing and needs_all), f"{' '.join(words)}: lacks {missing}"
         for key in missing:
             OmegaConf.update(cfg, key, "x")
-        validate(config.typed(cfg))
+        validate(schema.typed(cfg))
 
 
 def test_the_pages_show_every_command() -> None:
@@ -317,5 +317,5 @@ def test_the_tables_of_keys_are_current() -> None:
 
 
 def test_every_preset_has_its_recipe() -> None:
-    for path in (config.CONFIG_DIR / "experiment").glob("*.yaml"):
+    for path in (schema.CONFIG_DIR / "experiment").glob("*.yaml"):
         assert f"experiment={path.stem}" in TEXTS["docs/recipes.md"]

@@ -27,12 +27,13 @@ from vgan.apps.benchmark import (
     open_benchmark_run,
 )
 from vgan.apps.doctor import doctor, train_command
-from vgan.config import CONFIG_DIR, TrainConfig, typed
+from vgan.config import TrainConfig
 from vgan.runs import checkpoint
 from vgan.runtime.console import duration
 from vgan.runtime.device import pick_precision
 from vgan.runtime.errors import UserError
 from vgan.runtime.hardware import host_memory_gb, host_peak_gb, reset_peak, usable_cores
+from vgan.schema import CONFIG_DIR, typed
 
 SMALL = [a for a in TINY if a != "total_kimg=0.032"] + ["total_kimg=1", "model=conv"]
 SMALL += ["loss.penalty_every=2"]

@@ -22,12 +22,13 @@ from PIL import Image
 from runs import TINY, train_in_process
 
 from vgan import cli, load_generator
-from vgan.config import TrainConfig, explained_keys
+from vgan.config import TrainConfig
 from vgan.data.folder import Folder
 from vgan.data.packed import pack
 from vgan.data.preprocess import MOST_BYTES
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.schema import explained_keys
 
 MOST_S, MOST_GB = 5.0, 1.0
 few_and_many = pytest.mark.parametrize("cases", [60, pytest.param(1700, marks=pytest.mark.soak)])

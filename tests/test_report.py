@@ -24,8 +24,8 @@ from test_cli import Cli, message
 from vgan import cli
 from vgan.apps.charts import Curve, chart, label, log_ticks, thin, ticks
 from vgan.apps.command_line import command
-from vgan.config import CONFIG_DIR
 from vgan.runs.log_reader import read_run
+from vgan.schema import CONFIG_DIR
 
 PROTOCOL = {
     "features": "learned",

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vgan import config
+from vgan import config, schema
 from vgan.help import help_text, usage_line
 from vgan.runtime.console import ignore_write_errors
 from vgan.runtime.errors import UserError, is_out_of_memory
@@ -53,7 +53,7 @@ class Command:
             elif self.program == "vgan-doctor":
                 words = [word for word in sys.argv[1:] if word.startswith("--config-dir=")]
                 extra = (words + list(HydraConfig.get().overrides.task),)
-            settings = config.typed(cfg)
+            settings = schema.typed(cfg)
             validate(settings)
             module, _, name = self.function.partition(":")
             result = getattr(importlib.import_module(module), name)(settings, *extra)
@@ -120,7 +120,7 @@ def run(command: Command) -> None:
             stack.enter_context(ignore_write_errors())
         record_interrupts()
         stack.enter_context(_one_line_errors(command))
-        hydra.main(str(config.CONFIG_DIR), command.config_name, version_base="1.3")(command)()
+        hydra.main(str(schema.CONFIG_DIR), command.config_name, version_base="1.3")(command)()
 
 
 def compose(program: str, overrides: Sequence[str]) -> Any:
@@ -129,8 +129,8 @@ def compose(program: str, overrides: Sequence[str]) -> Any:
     Raises UserError for bad values, HydraException or OmegaConfBaseException for bad overrides.
     """
     register_schemas()
-    with hydra.initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
-        settings = config.typed(hydra.compose(COMMANDS[program].config_name, list(overrides)))
+    with hydra.initialize_config_dir(str(schema.CONFIG_DIR), version_base="1.3"):
+        settings = schema.typed(hydra.compose(COMMANDS[program].config_name, list(overrides)))
     validate(settings)
     return settings
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from vgan.config import CONFIG_DIR, DataConfig, TrainConfig, explained_keys
+from vgan.config import DataConfig, TrainConfig
 from vgan.runtime.errors import first_line
+from vgan.schema import CONFIG_DIR, explained_keys
 
 INTROS = {
     "vgan-train": """vgan-train: train a GAN on images.

@@ -3,14 +3,8 @@
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
-from vgan.config import (
-    DataConfig,
-    PeriodicEvaluationConfig,
-    Ramp,
-    SampleConfig,
-    TrainConfig,
-    require,
-)
+from vgan.config import DataConfig, PeriodicEvaluationConfig, SampleConfig, TrainConfig
+from vgan.schema import Ramp, require
 
 
 def validate(cfg: Any) -> None:

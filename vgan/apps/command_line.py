@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml  # comes with omegaconf
 
-from vgan.config import CONFIG_DIR
 from vgan.runtime.nested import flatten
+from vgan.schema import CONFIG_DIR
 
 # From overrides of vgan-train to its config, resolved and with its interpolations. Raises
 # ValueError for overrides that do not compose.

@@ -20,13 +20,14 @@ from vgan.apps.examine import (
     examine_machine,
     format_bytes,
 )
-from vgan.config import TrainConfig, require
+from vgan.config import TrainConfig
 from vgan.runs import checkpoint
 from vgan.runtime import device as devices
 from vgan.runtime.console import duration
 from vgan.runtime.distributed import world_size
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import own_folder
+from vgan.schema import require
 from vgan.training.monitor import GRID_IMAGES, small_grid
 from vgan.training.recovery import check_settings, newest_nimg
 from vgan.training.setup import Run

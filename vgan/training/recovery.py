@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vgan.config import require
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint import DAMAGED, REJECTED
 from vgan.runtime.distributed import barrier, broadcast_from_rank0, print0
 from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.nested import flatten
 from vgan.runtime.signals import TrainingFailed
+from vgan.schema import require
 from vgan.training.setup import Run, setup
 from vgan.training.state import DiversityHistory, RecoveryState
 

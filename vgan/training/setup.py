@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vgan.config import Ramp, TrainConfig, require
+from vgan.config import TrainConfig
 from vgan.data.augment import Augment
 from vgan.data.loader import Batch, Loader
 from vgan.data.open import build_dataset, cache_dir_of
@@ -33,6 +33,7 @@ from vgan.runtime.images import to_float
 from vgan.runtime.instantiate import construct, locate
 from vgan.runtime.nested import flatten
 from vgan.runtime.rng import Streams
+from vgan.schema import Ramp, require
 from vgan.training.initialize import Source, freeze_stages, initialize, read_source
 from vgan.training.losses import LOSSES, RELATIVISTIC
 from vgan.training.optimize import DDPObjective, MicroBatches, apply_fsdp
