@@ -26,7 +26,7 @@ from vgan.data import packed as store
 from vgan.data.folder import Folder
 from vgan.data.loader import Loader
 from vgan.data.packed import pack
-from vgan.data.preprocess import to_square_uint8
+from vgan.data.preprocess import prepare_image
 from vgan.data.shapes import COLOURS, Shapes
 from vgan.data.source import Dataset
 from vgan.evaluation.shapes_oracle import Oracle, score_samples
@@ -91,7 +91,7 @@ def test_score_counts_what_was_asked() -> None:
 
 def test_pictures_of_every_mode_follow_the_stated_rules() -> None:
     def value(image: Image.Image, channels: int = 3) -> list[int]:
-        return to_square_uint8(image, 16, channels)[8, 8].tolist()
+        return prepare_image(image, 16, channels)[8, 8].tolist()
 
     assert value(Image.new("L", (20, 20), 77)) == [77] * 3
     assert (
@@ -113,19 +113,19 @@ def test_exif_crop_and_resize() -> None:
     wide[:, 20:40] = 250
     wide[:10, 20:40, 1] = 0
     assert (
-        to_square_uint8(Image.fromarray(wide), 16, 3)[15].min() == 250
+        prepare_image(Image.fromarray(wide), 16, 3)[15].min() == 250
     )  # the middle square, nothing else
     turned = Image.fromarray(wide)
     turned.getexif()[0x0112] = 6  # turn right by a quarter to look at it
-    upright = to_square_uint8(turned, 16, 3)
+    upright = prepare_image(turned, 16, 3)
     assert upright[8, 15, 1] < 50
     assert upright[8, 0, 1] == 250
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 200
     assert (
-        np.ptp(to_square_uint8(Image.fromarray(stripes), 16, 1)[:, 4:12].astype(int)) < 60
+        np.ptp(prepare_image(Image.fromarray(stripes), 16, 1)[:, 4:12].astype(int)) < 60
     )  # antialiased
-    assert to_square_uint8(Image.new("RGB", (178, 218)), 64, 3, crop=178).shape == (64, 64, 3)
+    assert prepare_image(Image.new("RGB", (178, 218)), 64, 3, crop=178).shape == (64, 64, 3)
 
 
 # --- folder, zip, npy ---
@@ -201,7 +201,7 @@ def bad_npy(tmp_path: Path, array: np.ndarray) -> str:
         (lambda t: {"path": str(t / "no")}, "no such folder"),
         (lambda t: {"path": str(t)}, "no images"),
         (lambda t: (write_pictures(t, 1), {"path": str(t)})[1], "only one image"),
-        (lambda t: with_pictures(t, resolution=48), "data.resolution=48"),
+        (lambda t: with_pictures(t, resolution=50), "data.resolution=50: .* try 48"),
         (lambda t: (write_pictures(t), {"path": str(t), "channels": 2})[1], "data.channels=2"),
         (lambda t: (write_pictures(t), {"path": str(t), "labels": "folders"})[1], "sub-folders"),
         (lambda t: with_pictures(t, labels="nowhere.npy"), "no such file"),

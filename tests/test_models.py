@@ -184,7 +184,8 @@ def test_plain_generator_ends_in_tanh() -> None:
 @pytest.mark.parametrize(
     ("kw", "message"),
     [
-        ({"img_resolution": 48}, "power of two"),
+        ({"img_resolution": 50}, "power of two"),
+        ({"img_resolution": 16, "patch_size": 8}, "too large"),
         ({"img_channels": 2}, "must be 1"),
         ({"widths": [8, 8]}, "needs 3 of them"),
         ({"conv": "magic"}, "conv=magic"),

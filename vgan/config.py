@@ -45,8 +45,9 @@ class SizeConfig:
     expansion: int = key("channel expansion inside a residual block")
     patch_size: int | None = key("px per side of a cell of the finest map; null: 16 x 16 cells")
     modulation: bool = key("whether z and class scale the features of every stage of the generator")
-    gradient_checkpointing: bool = key(
-        "recompute activations in the backward pass: less memory, a third more time"
+    gradient_checkpointing: bool | None = key(
+        "recompute activations in the backward pass: less memory, a third more time; null: from "
+        "512 px on"
     )
     attention_resolutions: list[int] = key("px of the stages with attention, if the model uses it")
     lr: float = key("learning rate that suits the widths, at the start", above(0))

@@ -14,9 +14,11 @@ import torch
 from vgan.config import TrainConfig
 from vgan.data.loader import Batch, Loader
 from vgan.data.webdataset import ShardLoader
+from vgan.models.sizes import CHECKPOINTING_PX
 from vgan.runtime import hardware
 from vgan.runtime.device import missing_compiler, pick_precision, prepare_process
 from vgan.runtime.errors import UserError, first_line, is_out_of_memory
+from vgan.runtime.images import height_width, parse_resolution
 from vgan.training.setup import Run, prepare_step, setup
 from vgan.training.step import train_step
 
@@ -164,12 +166,15 @@ class Benchmark:
 
     @contextmanager
     def first_trial(self, cfg: TrainConfig, device: torch.device) -> Iterator[Run]:
-        """Take a few steps with a small batch, and open the run that took them.
+        """Take a few steps with a small batch, of large images with two, and open the run.
 
         It shows that steps work and how memory grows with the batch. Raises UserError where a
         step fails.
         """
-        small = {**settings_of(cfg), "batch_size": max(2, cfg.batch_size // 4)}
+        resolution = parse_resolution(cfg.data.get("resolution", 64))
+        is_large = max(height_width(resolution)) >= CHECKPOINTING_PX
+        batch_size = 2 if is_large else max(2, cfg.batch_size // 4)
+        small = {**settings_of(cfg), "batch_size": batch_size}
         with contextlib.ExitStack() as stack:
             try:
                 subject = stack.enter_context(self._open(cfg, device, small))

@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw
 
 from vgan.config import DataConfig
 from vgan.data.open import build_dataset, build_source
-from vgan.data.source import Source
+from vgan.data.source import CHANNELS, Source
 from vgan.data.survey import Survey, evenly, survey
 from vgan.data.webdataset import Shards
 from vgan.runtime.console import report_line
 from vgan.runtime.files import write_png
-from vgan.runtime.images import enlarge, grid, zoom_for
+from vgan.runtime.images import enlarge, format_px, grid, height_width, zoom_for
 
 MAX_LISTED = 20  # problem files of a kind, or classes
 MAX_NAMED = 3  # examples in a line of info
@@ -57,7 +57,7 @@ def pack(node: dict[str, Any]) -> None:
     assert isinstance(dataset.images, np.memmap)
     folder = Path(str(dataset.images.filename)).parent
     size = sum(path.stat().st_size for path in folder.iterdir())
-    images = f"{len(dataset):,} images of {dataset.img_resolution} px"
+    images = f"{len(dataset):,} images of {format_px(dataset.img_resolution)}"
     print(report_line("packed", f"{dataset.name}: {images}, in {elapsed:.1f} s"))
     print(report_line("folder", str(folder)))
     print(report_line("size", f"{size / 1e6:,.1f} MB"))
@@ -66,15 +66,15 @@ def pack(node: dict[str, Any]) -> None:
 
 def info(source: Source, found: Survey) -> list[str]:
     """Describe a data set in lines of at most 80 columns."""
-    px, channels = source.img_resolution, source.img_channels
+    height, width = height_width(source.img_resolution)
     facts = {"data": f"{source.name}: {found.examined:,} images" + _named("unreadable", found.bad)}
     if isinstance(source, Shards):
         part = f"these are the first of {len(source.urls)} shards"
         facts["stream"] = f"{part} and are packed; training streams all"
-    color = "grey" if channels == 1 else "RGB"
-    size_mb = found.good * px * px * channels / 1e6
-    facts["packed"] = f"{px} x {px} px, {color}, {size_mb:,.1f} MB"
-    facts |= originals(found, px)
+    size_mb = found.good * height * width * source.img_channels / 1e6
+    color = CHANNELS[source.img_channels]
+    facts["packed"] = f"{height} x {width} px (height x width), {color}, {size_mb:,.1f} MB"
+    facts |= originals(found, format_px(source.img_resolution))
     if source.label_names:
         facts["classes"] = classes(found.per_class(len(source.label_names)), source.label_names)
     groups = [" = ".join(group) for group in found.duplicates]
@@ -83,8 +83,8 @@ def info(source: Source, found: Survey) -> list[str]:
     return [report_line(name, text) for name, text in facts.items()]
 
 
-def originals(found: Survey, px: int) -> dict[str, str]:
-    """Describe sizes, modes and formats of the files, and how many images are enlarged to `px`."""
+def originals(found: Survey, size: str) -> dict[str, str]:
+    """Describe sizes, modes and formats of the files; how many images are enlarged to `size`."""
     if not found.good:
         return {}
     by_size = sorted(found.sizes, key=lambda size: (min(size), max(size)))
@@ -97,7 +97,7 @@ def originals(found: Survey, px: int) -> dict[str, str]:
         "sizes": sizes,
         "modes": _counted(found.modes),
         "formats": _counted(found.formats),
-        "enlarged": f"{len(found.small):,}" + _named(f"below {px} px", found.small),
+        "enlarged": f"{len(found.small):,}" + _named(f"below {size}", found.small),
     }
 
 
@@ -134,7 +134,7 @@ def problems(found: Survey) -> list[str]:
 
 
 def contact_sheet(source: Source, found: Survey) -> np.ndarray:
-    """Return images as training sees them, (H, W) or (H, W, 3) uint8, evenly chosen.
+    """Return images as training sees them, (H, W) or (H, W, 3 or 4) uint8, evenly chosen.
 
     With classes, each has a row with its name on the left.
     """
@@ -160,7 +160,8 @@ def contact_sheet(source: Source, found: Survey) -> np.ndarray:
 
 def _title(name: str, strip: np.ndarray) -> np.ndarray:
     """Return a class name, black on white, with the height and channels of its strip."""
-    margin = Image.new("L" if strip.ndim == 2 else "RGB", (_MARGIN, strip.shape[0]), "white")
+    mode = "L" if strip.ndim == 2 else CHANNELS[strip.shape[2]]
+    margin = Image.new(mode, (_MARGIN, strip.shape[0]), "white")
     text = name[:20].encode("latin-1", "replace").decode("latin-1")  # what Pillow's font has
     ImageDraw.Draw(margin).text((6, strip.shape[0] // 2 - 6), text, fill="black")
     return np.asarray(margin)

@@ -13,12 +13,13 @@ import torch
 from vgan.config import TrainConfig
 from vgan.data.open import build_dataset, build_source, cache_dir_of
 from vgan.data.packed import default_cache_dir
-from vgan.data.source import Dataset, Source
+from vgan.data.source import CHANNELS, Dataset, Source
 from vgan.data.survey import find_duplicates, survey
 from vgan.runtime.console import report_line
 from vgan.runtime.device import keep_compiled, missing_compiler
 from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.hardware import device_name, host_memory_gb, usable_cores
+from vgan.runtime.images import format_px, height_width
 
 SURVEYED = 500  # files that are examined; vgan-data examines all
 COMPARED_BYTES = 2e9  # of packed images that are searched for duplicates
@@ -136,9 +137,9 @@ def examine_data(report: Report, cfg: TrainConfig) -> Dataset | None:
     except UserError as e:
         report.problem(str(e), blocking=True)
         return None
-    color = "RGB" if dataset.img_channels == 3 else "grey"
+    color = CHANNELS[dataset.img_channels]
     stream = ", the first of a stream" if dataset.stream else ""
-    what = f"{len(dataset):,} of {dataset.img_resolution} px, {color}{stream}"
+    what = f"{len(dataset):,} of {format_px(dataset.img_resolution)}, {color}{stream}"
     report.line("images", f"{dataset.name}: {what}")
     report.line("packed", f"{format_bytes(dataset.images.nbytes)} in {cache_dir_of(cfg.data)}")
     if dataset.label_dim:
@@ -154,7 +155,7 @@ def examine_files(report: Report, source: Source) -> None:
     """Report formats and sizes of the image files, from a sample of them."""
     if type(source).examine is Source.examine:  # drawn at the resolution of training
         return
-    found, px = survey(source, SURVEYED), source.img_resolution
+    found, size = survey(source, SURVEYED), format_px(source.img_resolution)
     if not found.good:  # packing raises the error
         return
     part = f"; {found.examined:,} of {len(source):,} examined"
@@ -164,17 +165,19 @@ def examine_files(report: Report, source: Source) -> None:
     report.line("sizes", f"{' to '.join(dict.fromkeys(sizes))} px")
     small = len(found.small) / found.good
     if small > MAX_ENLARGED:
-        effect = f"below {px} px and are enlarged, so that samples will be blurred"
+        effect = f"below {size} and are enlarged, so that samples will be blurred"
         report.problem(f"{small:.0%} of the images are {effect}; lower data.resolution")
     elif small:
         names = "; ".join(found.small[:3])
-        report.note(f"{small:.1%} of the images are below {px} px and are enlarged: {names}")
+        report.note(f"{small:.1%} of the images are below {size} and are enlarged: {names}")
     grey = sum(n for mode, n in found.modes.items() if mode[0] in "L1IF") / found.good
-    if source.img_channels == 3 and 0.05 < grey < 0.95:
+    if source.img_channels > 1 and 0.05 < grey < 0.95:
         report.note(f"{grey:.0%} of the images are grey; the model will learn both kinds")
-    oblong = sum(n for size, n in found.sizes.items() if max(size) > 2 * min(size)) / found.good
-    if oblong > 0.05:
-        report.note(f"{oblong:.0%} of the images lose over half of their area when cropped square")
+    height, width = height_width(source.img_resolution)
+    lost = [n for (w, h), n in found.sizes.items() if not 0.5 <= w * height / (h * width) <= 2]
+    if sum(lost) > 0.05 * found.good:
+        share, shape = sum(lost) / found.good, "square" if height == width else f"to {size}"
+        report.note(f"{share:.0%} of the images lose over half of their area when cropped {shape}")
     if found.bad:
         names = "; ".join(found.bad[:3])
         report.note(f"{len(found.bad)} unreadable: {names}; vgan-data check lists all")

@@ -10,6 +10,7 @@ from markupsafe import Markup
 import vgan
 from vgan.apps.templates import asset, digest, render
 from vgan.models.generator import GeneratorBase
+from vgan.runtime.images import height_width
 
 # What the page may load besides its own script and style: a server's answers, or the scripts in
 # its folder, one that is unpacked from them, and the runtime's WebAssembly.
@@ -23,7 +24,8 @@ class PageInfo:
 
     title: str
     nimg: int  # images seen in training
-    resolution: int  # px
+    height: int  # px
+    width: int  # px
     channels: int
     z_dim: int
     labels: tuple[str, ...]
@@ -46,10 +48,12 @@ def page_info(
     license: str | None = None,
 ) -> PageInfo:
     """Return the PageInfo of a generator from the checkpoint `state` at `path`."""
+    height, width = height_width(G.img_resolution)
     return PageInfo(
         title=path.resolve().parent.name or path.stem,
         nimg=int(state["cur_nimg"]),
-        resolution=G.img_resolution,
+        height=height,
+        width=width,
         channels=G.img_channels,
         z_dim=G.z_dim,
         labels=G.label_names if G.label_dim else (),

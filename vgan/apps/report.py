@@ -4,6 +4,7 @@ The page loads nothing. What comes from a run folder is escaped, and the page's 
 its own script, by its digest.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from vgan.runs.log_reader import RunLog, number, read_run
 from vgan.runtime.console import duration
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically
+from vgan.runtime.images import format_px, parse_resolution
 from vgan.runtime.nested import flatten
 
 MAX_GRIDS = 24  # of one run
@@ -162,11 +164,12 @@ def _facts(log: RunLog) -> dict[str, str]:
 
 
 def _data(log: RunLog, start: dict[str, Any]) -> str:
-    names = ("img_resolution", "images", "label_dim")
-    resolution, images, classes = (number(start.get("data"), name) for name in names)
-    resolution = resolution or number(log.config.get("data"), "resolution")
+    images, classes = (number(start.get("data"), name) for name in ("images", "label_dim"))
     parts = [str(log.setting("data.name"))]
-    for value, unit in ((resolution, "px"), (images, "images"), (classes, "classes")):
+    found = start["data"].get("img_resolution") if isinstance(start.get("data"), dict) else None
+    with contextlib.suppress(ValueError, TypeError):  # a file that somebody changed
+        parts.append(format_px(parse_resolution(found or log.setting("data.resolution"))))
+    for value, unit in ((images, "images"), (classes, "classes")):
         if value:
             parts.append(f"{value:,.0f} {unit}")
     return ", ".join(parts)

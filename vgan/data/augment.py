@@ -32,9 +32,10 @@ def flip(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
 
 
 def quarter_turns(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
-    """Rotate by 0, 90, 180 or 270 degrees."""
+    """Rotate by 0, 90, 180 or 270 degrees; oblong images by 0 or 180."""
     turns = (u[:, 0] * 4).long() * apply.long()
-    x = torch.where(_wide(turns % 2 == 1), x.transpose(2, 3).flip(2), x)
+    if x.shape[2] == x.shape[3]:
+        x = torch.where(_wide(turns % 2 == 1), x.transpose(2, 3).flip(2), x)
     return torch.where(_wide(turns >= 2), x.flip(2, 3), x)
 
 
@@ -133,7 +134,10 @@ def colour(x: Tensor, apply: Tensor, u: Tensor) -> Tensor:
     """Apply the colour transform of DiffAugment.
 
     Brightness +-0.5, saturation times 0 to 2 (RGB only), contrast times 0.5 to 1.5 around the mean.
+    Alpha stays as it is.
     """
+    if x.shape[1] == 4:
+        return torch.cat([colour(x[:, :3], apply, u), x[:, 3:]], 1)
     apply = _wide(apply)
     brightness, saturation, contrast = (_wide(u[:, i]) for i in range(3))
     x = x + (brightness - 0.5) * apply
@@ -201,6 +205,8 @@ def resample(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
     """Resample images by the product of their matrices (N, 3, 3), bilinear, mirrored at borders."""
     if not steps:
         return images
+    if images.shape[2] != images.shape[3]:  # positions are in half widths and half heights
+        steps = [_for_shape(step, *images.shape[2:]) for step in steps]
     product = steps[-1]
     for step in reversed(steps[:-1]):
         product = step @ product  # a position in the result passes the last step first
@@ -215,6 +221,13 @@ def resample(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
         )
     untouched = (product == torch.eye(3, device=product.device)).flatten(1).all(1)
     return torch.where(_wide(untouched), images, moved)  # exact, without rounding
+
+
+def _for_shape(matrix: Tensor, height: int, width: int) -> Tensor:
+    """Convert (N, 3, 3) from square to oblong images: a turn must not stretch."""
+    ratios = matrix.new_ones(3, 3)
+    ratios[0, 1], ratios[1, 0] = height / width, width / height
+    return matrix * ratios
 
 
 def _grid_sample(images: Tensor, grid: Tensor) -> Tensor:
@@ -239,7 +252,8 @@ def _grid_sample(images: Tensor, grid: Tensor) -> Tensor:
 def recolour(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
     """Transform colours by the product of the matrices (N, 4, 4) of each image.
 
-    Grey images use the part of the matrix that acts on grey.
+    Grey images use the part of the matrix that acts on grey. Colours of RGBA are multiplied by
+    alpha, which stays as it is.
     """
     if not steps:
         return images
@@ -249,6 +263,12 @@ def recolour(images: Tensor, steps: Sequence[Tensor]) -> Tensor:
     if images.shape[1] == 1:
         row = product[:, :3].mean(1)  # the result for (g, g, g)
         return images * _wide(row[:, :3].sum(1)) + _wide(row[:, 3])
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:] + 1) / 2
+        weighted = images[:, :3] + 1 - alpha  # alpha times the colour in [-1, 1]
+        weighted = torch.einsum("nij,njhw->nihw", product[:, :3, :3], weighted)
+        weighted = weighted + alpha * product[:, :3, 3, None, None]
+        return torch.cat([weighted + alpha - 1, images[:, 3:]], 1)
     mixed = torch.einsum("nij,njhw->nihw", product[:, :3, :3], images)
     return mixed + product[:, :3, 3, None, None]
 

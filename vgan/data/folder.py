@@ -4,17 +4,18 @@ import hashlib
 import os
 import threading
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from vgan.data.preprocess import MOST_BYTES, UNREADABLE, examine_file, to_square_uint8
+from vgan.data.preprocess import MOST_BYTES, UNREADABLE, examine_file, prepare_image
 from vgan.data.source import BadImage, Examined, Source, check_image_settings, natural_key
 from vgan.runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-_RULES = 2  # increase it when `to_square_uint8` changes, so that caches are packed again
+_RULES = 2  # increase it when `prepare_image` changes, so that caches are packed again
 
 
 class Folder(Source):
@@ -24,20 +25,20 @@ class Folder(Source):
     gives labels in the order of the images. 'none' ignores labels. 'auto' takes X_labels.npy next
     to X.npy or X_images.npy, if there is one.
 
-    Images become squares by the rules of `to_square_uint8`. Hidden files and files without an image
+    Images are prepared by the rules of `prepare_image`. Hidden files and files without an image
     suffix are ignored. Raises UserError if there is nothing to train on.
     """
 
     def __init__(
         self,
         path: str,
-        resolution: int = 64,
+        resolution: int | Sequence[int] = 64,
         labels: str = "auto",
         channels: int = 3,
         skip_bad: bool = False,
     ) -> None:
-        check_image_settings(resolution, channels)
-        self.img_resolution, self.img_channels, self.skip_bad = resolution, channels, skip_bad
+        self.img_resolution = check_image_settings(resolution, channels)
+        self.img_channels, self.skip_bad = channels, skip_bad
         self._path = Path(path).expanduser()
         self._shown = f"data.path={path}"
         self.name = "".join(ch if ch.isalnum() else "-" for ch in self._path.stem)[:40] or "folder"
@@ -81,7 +82,7 @@ class Folder(Source):
         name = f"{self._path.name}[{i}]"
         try:
             image = Image.fromarray(self._array[i].squeeze())
-            pixels = to_square_uint8(image, self.img_resolution, self.img_channels)
+            pixels = prepare_image(image, self.img_resolution, self.img_channels)
         except UNREADABLE as e:
             raise BadImage.of(name, e) from e
         return Examined(name, image.size, image.mode, "array", pixels, label)

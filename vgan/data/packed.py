@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 from vgan.data.source import BadImage, Dataset, Source, read_in_order
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError
+from vgan.runtime.images import height_width
 
 _ABANDONED_S = 24 * 3600  # a partly packed folder of this age is left over from a killed process
 _NAMED = 3  # unreadable images named in a message
@@ -79,8 +81,8 @@ def _open(folder: Path) -> Dataset:
 def _pack_into(source: Source, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     _clean_abandoned(final.parent)
-    size, channels = source.img_resolution, source.img_channels
-    needed = len(source) * (size * size * channels + 8)
+    shape = (*height_width(source.img_resolution), source.img_channels)
+    needed = len(source) * (math.prod(shape) + 8)
     free = shutil.disk_usage(final.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -94,7 +96,7 @@ def _pack_into(source: Source, final: Path) -> None:
                     bad.append(str(item))
                     continue
                 pixels, label = item
-                assert pixels.shape == (size, size, channels)
+                assert pixels.shape == shape
                 assert pixels.dtype == np.uint8
                 content = pixels.tobytes()
                 digest.update(content)
@@ -116,7 +118,7 @@ def _pack_into(source: Source, final: Path) -> None:
 
 
 def _write_header(f: BinaryIO, source: Source, count: int) -> None:
-    shape = (count, source.img_resolution, source.img_resolution, source.img_channels)
+    shape = (count, *height_width(source.img_resolution), source.img_channels)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(f, header)
 

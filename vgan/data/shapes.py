@@ -105,12 +105,14 @@ class Shapes(Source):
     """A data set of `size` images of `resolution` px; another `seed` gives other images."""
 
     def __init__(self, resolution: int = 32, size: int = 50_000, seed: int = 0) -> None:
-        check_image_settings(resolution)
+        if not isinstance(check_image_settings(resolution), int):
+            raise UserError(f"data.resolution={resolution}: shapes are square; give one number")
         if size < 2:
             raise UserError(f"data.size={size}: training needs at least 2 images")
         if seed < 0:
             raise UserError(f"data.seed={seed}: must be 0 or above")
         self.name, self.img_resolution, self.img_channels = "shapes", resolution, 3
+        self._side = resolution
         self.label_names = SHAPE_NAMES
         self._size, self._seed = size, seed
         self._block = lru_cache(8)(self._draw_block)
@@ -134,7 +136,7 @@ class Shapes(Source):
 
     def render(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return images `index` (N,) as uint8 (N, H, W, 3), their shapes (N,) and colours (N,)."""
-        size, i = self.img_resolution, torch.from_numpy(np.asarray(index, dtype=np.int64))
+        size, i = self._side, torch.from_numpy(np.asarray(index, dtype=np.int64))
         shape = integers(self._seed, "shape", i, len(SHAPE_NAMES)).numpy()
         colour = integers(self._seed, "colour", i, len(COLOURS)).numpy()
         u = uniform(self._seed, "pose", i, 7).numpy()

@@ -15,9 +15,10 @@ from PIL import UnidentifiedImageError
 
 from vgan.runtime.console import progress_bar
 from vgan.runtime.errors import UserError, first_line
+from vgan.runtime.images import Resolution, height_width, parse_resolution
 from vgan.runtime.rng import permute
 
-RESOLUTIONS = (16, 32, 64, 128, 256)
+CHANNELS = {1: "grey", 3: "RGB", 4: "RGBA"}
 T = TypeVar("T")
 
 
@@ -36,7 +37,7 @@ class BadImage(Exception):
 
 
 class Examined(NamedTuple):
-    """An item as a square, and its original size, mode and format."""
+    """An item as training sees it, and its original size, mode and format."""
 
     name: str
     size: tuple[int, int]  # width and height in px, as stored
@@ -53,8 +54,8 @@ class Source(ABC):
     """
 
     name: str  # short, for folder names and messages
-    img_resolution: int  # px
-    img_channels: int  # 1 (grey) or 3 (RGB)
+    img_resolution: Resolution
+    img_channels: int  # 1 (grey), 3 (RGB) or 4 (RGBA, colours multiplied by alpha)
     label_names: tuple[str, ...] = ()  # empty: no labels
     skip_bad: bool = False  # omit unreadable items instead of stopping
 
@@ -62,7 +63,7 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
-        """Return item i as uint8 (img_resolution, img_resolution, img_channels) and its label.
+        """Return item i as uint8 (H, W, img_channels) and its label.
 
         The label is 0 without labels. Raises BadImage if the item cannot be read.
         """
@@ -72,9 +73,9 @@ class Source(ABC):
     def examine(self, i: int) -> Examined:
         """Return item i with its original properties. Raises BadImage if it cannot be read."""
         pixels, label = self.read(i)
-        mode = "L" if self.img_channels == 1 else "RGB"
-        size = (self.img_resolution, self.img_resolution)
-        return Examined(f"image {i}", size, mode, "drawn", pixels, label)
+        mode = "L" if self.img_channels == 1 else CHANNELS[self.img_channels]
+        height, width = height_width(self.img_resolution)
+        return Examined(f"image {i}", (width, height), mode, "drawn", pixels, label)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -126,8 +127,9 @@ class Dataset:
         return pixels.permute(0, 3, 1, 2), torch.from_numpy(self.labels[items])
 
     @property
-    def img_resolution(self) -> int:
-        return int(self.images.shape[1])
+    def img_resolution(self) -> Resolution:
+        height, width = self.images.shape[1:3]
+        return height if height == width else (height, width)
 
     @property
     def img_channels(self) -> int:
@@ -168,14 +170,15 @@ def read_in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def check_image_settings(resolution: int, channels: int = 3) -> None:
-    """Raise UserError unless the networks support this resolution and number of channels."""
-    if resolution not in RESOLUTIONS:
-        raise UserError(
-            f"data.resolution={resolution}: must be one of {', '.join(map(str, RESOLUTIONS))}"
-        )
-    if channels not in (1, 3):
-        raise UserError(f"data.channels={channels}: must be 1 (grey) or 3 (RGB)")
+def check_image_settings(resolution: int | Sequence[int], channels: int = 3) -> Resolution:
+    """Return the resolution. Raises UserError unless the networks support it and the channels."""
+    if channels not in CHANNELS:
+        raise UserError(f"data.channels={channels}: must be 1 (grey), 3 (RGB) or 4 (RGBA)")
+    try:
+        return parse_resolution(resolution)
+    except ValueError as e:
+        shown = str(resolution).replace(" ", "")
+        raise UserError(f"data.resolution={shown}: {e}") from e
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

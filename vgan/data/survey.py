@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vgan.data.source import BadImage, Source, read_in_order
+from vgan.runtime.images import height_width
 
 
 @dataclass
@@ -54,6 +55,7 @@ def survey(source: Source, most: int | None = None) -> Survey:
     """
     items = range(len(source)) if most is None else evenly(len(source), most)
     found = Survey(len(items))
+    height, width = height_width(source.img_resolution)
     packed, groups = hashlib.sha256(), _Groups()
     for i, item in zip(items, read_in_order(source.examine, items, "reading")):
         if isinstance(item, BadImage):
@@ -66,7 +68,7 @@ def survey(source: Source, most: int | None = None) -> Survey:
         found.sizes[item.size] += 1
         found.modes[item.mode] += 1
         found.formats[item.format] += 1
-        if min(item.size) < source.img_resolution:
+        if item.size[0] < width or item.size[1] < height:
             found.small.append(f"{item.name} ({item.size[0]} x {item.size[1]})")
     found.duplicates = groups.duplicates()
     if len(items) == len(source):  # the same digest as in vgan.data.packed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vgan.data import celeba_mirror
-from vgan.data.preprocess import to_square_uint8
+from vgan.data.preprocess import prepare_image
 from vgan.data.source import Examined, Source, check_image_settings
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, first_line
@@ -70,11 +70,13 @@ def _fetch_celeba(root: Path) -> Any:
 class Cifar10(Source):
     """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), downloaded into `root`."""
 
-    def __init__(self, root: str = "data", resolution: int = 32, labels: bool = True) -> None:
-        check_image_settings(resolution)
+    def __init__(
+        self, root: str = "data", resolution: int | Sequence[int] = 32, labels: bool = True
+    ) -> None:
+        self.img_resolution, self.img_channels = check_image_settings(resolution), 3
         from torchvision.datasets import CIFAR10  # slow to import
 
-        self.name, self.img_resolution, self.img_channels = "cifar10", resolution, 3
+        self.name = "cifar10"
         folder = Path(root).expanduser()
         self._set = _fetch(
             lambda: CIFAR10(str(folder), train=True, download=True), self.name, folder, _CIFAR10_FIX
@@ -86,7 +88,7 @@ class Cifar10(Source):
 
     def examine(self, i: int) -> Examined:
         image, label = self._set[i]
-        pixels = to_square_uint8(image, self.img_resolution, 3)
+        pixels = prepare_image(image, self.img_resolution, 3)
         if not self.label_names:
             label = 0
         return Examined(f"image {i}", image.size, image.mode, "array", pixels, label)
@@ -100,24 +102,23 @@ class Cifar10(Source):
 class CelebA(Source):
     """The 162,770 training faces of CelebA (Liu et al. 2015), aligned, with a centre crop.
 
-    crop: in px, before resizing. attributes, such as ['Smiling', 'Male'], make every combination a
-    class: 2^k classes, named such as 'Smiling, not Male'.
+    crop: shorter side in px of what is cropped before resizing. attributes, such as ['Smiling',
+    'Male'], make every combination a class: 2^k classes, named such as 'Smiling, not Male'.
     """
 
     def __init__(
         self,
         root: str = "data",
-        resolution: int = 64,
+        resolution: int | Sequence[int] = 64,
         crop: int = 178,
         attributes: Sequence[str] = (),
     ) -> None:
-        check_image_settings(resolution)
+        self.img_resolution, self.img_channels = check_image_settings(resolution), 3
         if not 16 <= crop <= 178:
             raise UserError(
                 f"data.crop={crop}: must be from 16 to 178, the width of the images of CelebA"
             )
-        self.name, self.img_resolution, self.img_channels = "celeba", resolution, 3
-        self._crop = crop
+        self.name, self._crop = "celeba", crop
         self._set = _fetch_celeba(Path(root).expanduser())
         names = [n for n in self._set.attr_names if n]
         self._columns = [self._column(a, names) for a in attributes]
@@ -143,7 +144,7 @@ class CelebA(Source):
     def examine(self, i: int) -> Examined:
         image, attributes = self._set[i]
         label = sum(int(attributes[column]) << b for b, column in enumerate(self._columns))
-        pixels = to_square_uint8(image, self.img_resolution, 3, self._crop)
+        pixels = prepare_image(image, self.img_resolution, 3, self._crop)
         return Examined(f"image {i}", image.size, image.mode, "JPEG", pixels, label)
 
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from itertools import groupby, islice
@@ -46,8 +46,8 @@ class Shards(Source):
     Args:
         urls: local paths or addresses (http, https, s3, gs, hf), with braces for ranges, such as
             shards/train-{0000..0099}.tar; several joined by `::`. They should have been shuffled.
-        resolution: height and width of the square images in px.
-        channels: 1 (grey) or 3 (RGB).
+        resolution: side of square images in px, or height and width.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         classes: number of labels, 0 for none.
         sample: number of images, the first ones, that are packed for grids and evaluation.
             Training reads all (see `ShardLoader`).
@@ -57,19 +57,21 @@ class Shards(Source):
     def __init__(
         self,
         urls: str,
-        resolution: int = 64,
+        resolution: int | Sequence[int] = 64,
         channels: int = 3,
         classes: int = 0,
         sample: int = 10_000,
         skip_bad: bool = False,
     ) -> None:
-        check_image_settings(resolution, channels)
+        self.img_resolution, self.img_channels = (
+            check_image_settings(resolution, channels),
+            channels,
+        )
         if not 0 <= classes <= 10_000:
             raise UserError(f"data.classes={classes}: must be from 0 to 10000")
         if sample < 2:
             raise UserError(f"data.sample={sample}: must be at least 2")
         self.name, self.skip_bad = "stream", skip_bad
-        self.img_resolution, self.img_channels = resolution, channels
         self.label_names = tuple(str(i) for i in range(classes))
         self.urls = shards.expand_urls(urls)
         self._count = sample

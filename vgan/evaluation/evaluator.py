@@ -36,7 +36,7 @@ from vgan.runtime.console import progress_bar
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import load_cached, save_cached, write_png
-from vgan.runtime.images import enlarge, grid, zoom_for
+from vgan.runtime.images import enlarge, format_px, grid, zoom_for
 from vgan.runtime.rng import permute
 
 REAL_ROWS = 50_000  # real features kept for all metrics but fid
@@ -129,7 +129,7 @@ class Evaluator:
     def protocol(self, precision: str) -> dict[str, Any]:
         """Return everything besides the generator that the values depend on."""
         data = self._dataset
-        reals = f"{len(self._items)} training pictures of {data.img_resolution} px"
+        reals = f"{len(self._items)} training pictures of {format_px(data.img_resolution)}"
         drawn = f"drawn in {precision}, as uint8, no truncation"
         return {
             "features": self._extractor.protocol,
@@ -327,7 +327,7 @@ def make_evaluator(
 def write_nearest(path: Path, result: Result) -> None:
     """Write the grid of fakes and their nearest training images, if `copies` was measured."""
     if result.nearest is not None:
-        zoom = zoom_for(result.nearest.shape[-1])
+        zoom = zoom_for(min(result.nearest.shape[2:]))
         write_png(path, enlarge(grid(result.nearest, NEAREST), zoom))
 
 

@@ -21,11 +21,12 @@ from vgan.data.loader import Loader
 from vgan.data.source import Dataset
 from vgan.evaluation.metrics import moments
 from vgan.models.backbone import Backbone
-from vgan.models.layers import ResidualBlock, count_stages, init_conv
+from vgan.models.layers import ResidualBlock, init_conv
+from vgan.models.sizes import count_stages
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.files import load_cached, save_cached
-from vgan.runtime.images import to_float
+from vgan.runtime.images import height_width, to_float, to_rgb
 from vgan.runtime.instantiate import construct
 from vgan.runtime.rng import Streams
 
@@ -48,8 +49,8 @@ class Inception(nn.Module):
     """The network that defines FID, KID and IS, from torch-fidelity: 2048 features and 1008 logits.
 
     Images of any size are resized to 299 px as in TensorFlow 1. Grey images are repeated in three
-    channels. weights: a file of torch-fidelity's weights, for machines without a network; None
-    downloads it once into torch's cache.
+    channels, transparent ones are laid on white. weights: a file of torch-fidelity's weights, for
+    machines without a network; None downloads it once into torch's cache.
 
     Raises UserError if torch-fidelity or the weights are missing, or the file is a different one.
     """
@@ -76,7 +77,7 @@ class Inception(nn.Module):
         self.protocol = f"inception-2015-12-05 sha256 {digest}, {resized}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features, logits = self.network(images.expand(-1, 3, -1, -1))
+        features, logits = self.network(to_rgb(images))
         return features, logits
 
 
@@ -128,8 +129,9 @@ class ImageNetFeatures(nn.Module):
         self.protocol = f"{backbone} of torchvision, digest {digest}, resized to {self.SIZE} px"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = F.interpolate(to_float(images), (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
-        return self.network(x.expand(-1, 3, -1, -1))[0].mean((2, 3)), None
+        x = to_float(to_rgb(images))
+        x = F.interpolate(x, (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
+        return self.network(x)[0].mean((2, 3)), None
 
 
 class DINOv2(nn.Module):
@@ -154,7 +156,7 @@ class DINOv2(nn.Module):
         self.protocol = "DINOv2 ViT-S/14 of torch-fidelity, 384 features, resized to 224 px"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.network(images.expand(-1, 3, -1, -1))[0], None
+        return self.network(to_rgb(images))[0], None
 
 
 class ClassifierFeatures(nn.Module):
@@ -171,6 +173,7 @@ class ClassifierFeatures(nn.Module):
     with a published FID.
 
     train_kimg: thousands of training images, in batches of 64. widths: channels at 4, 8, ... px.
+    Above 256 px the first layer takes larger patches of pixels.
     """
 
     BATCH = 64
@@ -221,12 +224,15 @@ class ClassifierFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def _build(self, dataset: Dataset) -> None:
-        count = count_stages(dataset.img_resolution, dataset.img_channels, self.widths, 2)
+        side = min(height_width(dataset.img_resolution))
+        patch_size = max(2, side >> (len(self.widths) + 1))
+        patch_size = 1 << (patch_size.bit_length() - 1)
+        count = count_stages(dataset.img_resolution, dataset.img_channels, self.widths, patch_size)
         widths = self.widths[:count][::-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            stem = nn.Conv2d(4 * dataset.img_channels, widths[0], 3, padding=1)
-            self.stem = nn.Sequential(nn.PixelUnshuffle(2), init_conv(stem, gain=1))
+            stem = nn.Conv2d(patch_size**2 * dataset.img_channels, widths[0], 3, padding=1)
+            self.stem = nn.Sequential(nn.PixelUnshuffle(patch_size), init_conv(stem, gain=1))
             self.stages = nn.ModuleList(ResidualBlock(w, "separable", 2, count) for w in widths)
             self.transitions = nn.ModuleList()
             for width, next_width in pairwise(widths):
@@ -289,8 +295,13 @@ class ClassifierFeatures(nn.Module):
 
 
 def quarter_turns(images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate each image by 0 to 3 right angles, by u (N,) in [0, 1). Returns images and turns."""
-    turns = (u * 4).long()
+    """Rotate each image by 0 to 3 right angles, by u (N,) in [0, 1). Returns images and turns.
+
+    Of oblong images the middle square is taken.
+    """
+    turns, side = (u * 4).long(), min(images.shape[2:])
+    top, left = ((size - side) // 2 for size in images.shape[2:])
+    images = images[:, :, top : top + side, left : left + side]
     turned = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])
     return turned[turns, torch.arange(len(images), device=images.device)], turns
 

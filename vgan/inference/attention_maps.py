@@ -15,7 +15,7 @@ from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.runtime.device import autocast
 from vgan.runtime.errors import UserError
-from vgan.runtime.images import enlarge, to_float, to_uint8
+from vgan.runtime.images import enlarge, to_float, to_rgb, to_uint8
 
 MAX_POSITIONS = 256  # of the attention layer that a page shows: 16 x 16
 _TILE = 96  # smallest side of an image in a grid, px
@@ -154,26 +154,26 @@ def patch_logits_grid(images: Tensor, logits: Tensor) -> np.ndarray:
 
 
 def _tile(image: Tensor) -> np.ndarray:
-    """Enlarge uint8 (C, H, W) to (side, side, 3), a whole number of times."""
-    pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-    return enlarge(pixels, -(-_TILE // image.shape[1]))
+    """Enlarge uint8 (C, H, W) to (height, width, 3), a whole number of times."""
+    pixels = to_rgb(image[None])[0].permute(1, 2, 0).cpu().numpy()
+    return enlarge(pixels, -(-_TILE // min(image.shape[1:])))
 
 
 def _grey(image: Tensor) -> np.ndarray:
     return _tile(image).astype(np.float32).mean(axis=2, keepdims=True).repeat(3, axis=2)
 
 
-def _smooth(values: Tensor, side: int) -> np.ndarray:
-    """Enlarge (h, w) to (side, side, 1) by bilinear interpolation."""
+def _smooth(values: Tensor, tile: np.ndarray) -> np.ndarray:
+    """Enlarge (h, w) to the size of a tile, (height, width, 1), by bilinear interpolation."""
     x = values[None, None].float()
-    large = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+    large = F.interpolate(x, tile.shape[:2], mode="bilinear", align_corners=False)
     return large[0, 0, :, :, None].numpy()
 
 
 def _with_heat(image: Tensor, heat: Tensor) -> np.ndarray:
     """Draw heat in [0, 1] over the darkened image, from black through red and yellow to white."""
     grey = _grey(image)
-    t = _smooth(heat.clamp(0, 1), len(grey))
+    t = _smooth(heat.clamp(0, 1), grey)
     channels = [2.5 * t, 2.5 * t - 0.9, 4 * t - 3]
     colour = 255 * np.concatenate(channels, axis=2).clip(0, 1)
     return _blend(0.55 * grey, colour, 0.75 * np.sqrt(t))
@@ -184,7 +184,7 @@ def _with_signs(images: Tensor, values: Tensor) -> list[np.ndarray]:
     tiles = []
     for image, value in zip(images, values):
         grey = _grey(image)
-        t = _smooth(value.clamp(-1, 1), len(grey))
+        t = _smooth(value.clamp(-1, 1), grey)
         tiles.append(_blend(0.7 * grey, np.where(t > 0, _RED, _BLUE), 0.8 * np.sqrt(np.abs(t))))
     return tiles
 
@@ -195,23 +195,22 @@ def _blend(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> np.ndar
 
 def _framed(tile: np.ndarray, row: int, column: int, h: int, w: int) -> np.ndarray:
     image = Image.fromarray(tile)
-    side = len(tile)
-    dy, dx = side / h, side / w
+    dy, dx = image.height / h, image.width / w
     box = [column * dx, row * dy, (column + 1) * dx - 1, (row + 1) * dy - 1]
-    ImageDraw.Draw(image).rectangle(box, outline=_FRAME, width=max(1, side // 96))
+    ImageDraw.Draw(image).rectangle(box, outline=_FRAME, width=max(1, min(image.size) // 96))
     return np.asarray(image)
 
 
 def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
-    """Arrange columns of tiles (side, side, 3) under their titles."""
+    """Arrange columns of tiles (height, width, 3) under their titles."""
     tiles = next(iter(columns.values()))
-    side = len(tiles[0])
-    size = (len(columns) * (side + _GAP) + _GAP, len(tiles) * (side + _GAP) + _GAP + _TEXT)
+    height, width = tiles[0].shape[:2]
+    size = (len(columns) * (width + _GAP) + _GAP, len(tiles) * (height + _GAP) + _GAP + _TEXT)
     sheet = Image.new("RGB", size, _BACKGROUND)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for x, (title, column) in enumerate(columns.items()):
-        left = _GAP + x * (side + _GAP)
-        pen.text((left + side / 2, 2), title, fill=_INK, anchor="ma", font=font)
+        left = _GAP + x * (width + _GAP)
+        pen.text((left + width / 2, 2), title, fill=_INK, anchor="ma", font=font)
         for y, tile in enumerate(column):
-            sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (side + _GAP)))
+            sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (height + _GAP)))
     return np.asarray(sheet)

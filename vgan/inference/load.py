@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import vgan
+from vgan.data.source import CHANNELS
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
@@ -25,8 +26,9 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
     """Return the generator with averaged weights (EMA) of a checkpoint file or run folder.
 
     G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N,
-    img_channels, img_resolution, img_resolution) float32, black to white in [-1, 1]. G is in
-    evaluation mode and its weights have no gradients. G.label_names names the classes. Files
+    img_channels, H, W) float32, black to white in [-1, 1]; colours of RGBA are multiplied by alpha.
+    G.img_resolution is the side of a square or (H, W). G is in evaluation mode and its weights have
+    no gradients. G.label_names names the classes. Files
     written by vgan-export to=safetensors can be read too.
 
     Raises UserError if there is no readable checkpoint.
@@ -94,7 +96,9 @@ def _check_sizes(node: Mapping[str, Any], weights: int) -> None:
 def metadata(path: Path, state: Mapping[str, Any], license: str | None) -> dict[str, str]:
     """Return what describes the weights, as text: the network, its origin and its last metrics."""
     config, sizes, data = state["config"], state["sizes"], state["data"]
-    colours = "RGB" if sizes["img_channels"] == 3 else "grey"
+    colours = CHANNELS[sizes["img_channels"]]
+    if colours == "RGBA":
+        colours = "RGBA, multiplied by alpha"
     information = {
         "format": "vgan generator",
         "vgan": vgan.__version__,

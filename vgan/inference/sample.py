@@ -21,7 +21,7 @@ from vgan.runs import checkpoint
 from vgan.runtime.device import pick_device, prepare_process
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_png
-from vgan.runtime.images import grid, zoom_for
+from vgan.runtime.images import grid, height_width, zoom_for
 
 STOPS = 8  # images that a film passes through by default
 ROWS, MAX_ROWS = 8, 64  # of a grid of attention maps
@@ -154,8 +154,9 @@ def _write_film(cfg: SampleConfig, G: GeneratorBase, precision: str, out: Path) 
     kind = out.suffix.lower()
     if kind in FILMS:
         columns = min(cfg.columns or math.ceil(math.sqrt(cfg.tiles)), cfg.tiles)
-        side = zoom * G.img_resolution
-        writers.require_film_size(out, side * math.ceil(cfg.tiles / columns), side * columns)
+        height, width = (zoom * side for side in height_width(G.img_resolution))
+        rows = math.ceil(cfg.tiles / columns)
+        writers.require_film_size(out, height * rows, width * columns)
         images = writers.collect(batches, total).unflatten(0, (len(film), cfg.tiles))
         frames = np.stack([grid(frame, columns) for frame in images])
         writers.write_film(out, frames, cfg.fps, zoom)
@@ -207,11 +208,11 @@ def _write_attention(cfg: SampleConfig, G: GeneratorBase, precision: str, out: P
     z, c = _map_inputs(cfg, G)
     query = None
     if cfg.query is not None:
-        side = G.img_resolution
-        if len(cfg.query) != 2 or not all(0 <= pixel < side for pixel in cfg.query):
-            rule = f"must be [row,column] in pixels from 0 to {side - 1}"
+        sides = height_width(G.img_resolution)
+        if len(cfg.query) != 2 or not all(0 <= at < side for at, side in zip(cfg.query, sides)):
+            rule = f"must be [row,column] in pixels below {sides[0]} and {sides[1]}"
             raise UserError(f"query={list(cfg.query)}: {rule}")
-        query = (cfg.query[0] / side, cfg.query[1] / side)
+        query = (cfg.query[0] / sides[0], cfg.query[1] / sides[1])
     write_png(out, maps.attention_grid(*maps.attention_maps(G, z, c, precision), query))
     return f"attention of {len(z)} images"
 

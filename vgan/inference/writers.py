@@ -19,7 +19,7 @@ from torch import Tensor
 from vgan.runtime.console import progress_bar
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import PngWriter, atomic_path, png_bytes, write_atomically, write_png
-from vgan.runtime.images import enlarge, grid
+from vgan.runtime.images import enlarge, grid, on_white, to_straight_alpha
 
 STILLS = (".png", ".npy", ".zip")
 FILMS = (".gif", ".webp", ".mp4")
@@ -32,8 +32,8 @@ def write_images(
 ) -> None:
     """Write batches of uint8 images (N, C, H, W) in the format of the file name, or into a folder.
 
-    .png: one grid. .npy: an array (N, H, W, C). .zip: PNG files. numbers: the image numbers, which
-    name single files. Raises UserError if the output cannot be written.
+    .png: one grid. .npy: an array (N, H, W, C). .zip: PNG files. RGBA gets straight alpha. numbers:
+    the image numbers, which name single files. Raises UserError if the output cannot be written.
     """
     kind = "" if out.is_dir() else out.suffix.lower()
     names = _file_names(numbers)
@@ -52,7 +52,7 @@ def write_images(
         with PngWriter() as writer:
             for images in batches:
                 paths = [out / name for name in islice(names, len(images))]
-                writer.write(paths, images.permute(0, 2, 3, 1).numpy())
+                writer.write(paths, to_straight_alpha(images.permute(0, 2, 3, 1).numpy()))
 
 
 def collect(batches: Iterable[Tensor], total: int) -> Tensor:
@@ -80,7 +80,7 @@ def _write_array(file: IO[bytes], count: int, batches: Iterable[Tensor]) -> None
     """Write an .npy file of uint8 (count, H, W, C) batch by batch."""
     header = None
     for images in batches:
-        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = to_straight_alpha(images.permute(0, 2, 3, 1).contiguous().numpy())
         if header is None:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *pixels.shape[1:])}
             np.lib.format.write_array_header_1_0(file, header)
@@ -119,13 +119,15 @@ def require_film_size(out: Path, height: int, width: int) -> None:
 
 
 def write_film(path: Path, frames: np.ndarray, fps: float, zoom: int = 1) -> None:
-    """Write uint8 frames (T, H, W) or (T, H, W, 3), enlarged `zoom` times, as .gif, .webp or .mp4.
+    """Write uint8 frames (T, H, W[, 3 or 4]), enlarged `zoom` times, as .gif, .webp or .mp4.
 
     GIF has 256 colours, chosen once for the whole film to avoid flicker, and frame durations in
-    multiples of 10 ms. WebP is lossless. MP4 is H.264 without visible loss. Raises UserError if the
-    file cannot be written.
+    multiples of 10 ms. WebP is lossless and keeps alpha; the others lay RGBA on white. MP4 is H.264
+    without visible loss. Raises UserError if the file cannot be written.
     """
     kind = path.suffix.lower()
+    if kind != ".webp" and frames.shape[-1] == 4 and frames.ndim == 4:
+        frames = np.stack([on_white(frame) for frame in frames])
     enlarged = (enlarge(frame, zoom) for frame in frames)
     if kind == ".mp4":
         content = _encode_mp4(enlarged, fps)

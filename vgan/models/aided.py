@@ -1,6 +1,7 @@
 """A patch discriminator aided by a judge on the features of a frozen, pretrained classifier."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +17,7 @@ from vgan.models.layers import (
     init_conv,
     init_normal,
 )
+from vgan.runtime.images import to_rgb
 from vgan.runtime.rng import Streams
 
 
@@ -35,7 +37,7 @@ class AidedDiscriminator(Discriminator):
         backbone: mobilenet_v2, efficientnet_b0 or convnext_tiny.
         weights: auto downloads torchvision's weights once into torch's cache; else a file of them
             (.pth or .safetensors), for machines without a network.
-        judge_px: side of the square to which images are resized for the backbone.
+        judge_px: side of the square to which images, oblong ones too, are resized for the backbone.
         judge_weight: share of the judge in the generator's loss, from 0 to 1.
         judge_gamma: weight of the judge's gradient penalty.
         judge_width: channels of the mixed features.
@@ -46,7 +48,7 @@ class AidedDiscriminator(Discriminator):
 
     def __init__(
         self,
-        img_resolution: int,
+        img_resolution: int | Sequence[int],
         widths: list[int],
         img_channels: int = 3,
         label_dim: int = 0,
@@ -63,7 +65,7 @@ class AidedDiscriminator(Discriminator):
         patch_px: int | None = None,
         logits_px: int = 4,
         patch_size: int | None = 1,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = False,
     ) -> None:
         super().__init__(
             img_resolution, widths, img_channels, label_dim, blocks, expansion, conv, patch_px,
@@ -120,15 +122,16 @@ class AidedDiscriminator(Discriminator):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         assert self._backbone is not None, "load_backbone comes first"
-        while x.shape[-1] >= 4 * self.judge_px:  # bilinear alone would skip pixels
+        x = to_rgb(x)
+        while min(x.shape[2:]) >= 4 * self.judge_px:  # bilinear alone would skip pixels
             x = downsample2x(x)
-        if x.shape[-1] != self.judge_px:
-            size = (self.judge_px, self.judge_px)
+        size = (self.judge_px, self.judge_px)
+        if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
         # On a CPU the backward pass through such a network is 4 times slower in bf16.
         slow = x.device.type == "cpu" and x.requires_grad
         with torch.autocast("cpu", enabled=False) if slow else nullcontext():
-            return self._backbone(x.expand(-1, 3, -1, -1))
+            return self._backbone(x)
 
 
 class FeatureMixer(nn.Module):

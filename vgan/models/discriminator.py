@@ -11,13 +11,13 @@ from vgan.models.layers import (
     BiasLeakyReLU,
     PointwiseConv2d,
     ResidualBlock,
-    count_stages,
-    default_patch_size,
     downsample2x,
     init_conv,
     init_normal,
     run_layer,
 )
+from vgan.models.sizes import coarsest_size, count_stages, default_patch_size, needs_checkpointing
+from vgan.runtime.images import height_width, parse_resolution
 from vgan.runtime.rng import Streams
 
 
@@ -60,7 +60,7 @@ class Discriminator(DiscriminatorBase):
 
     Each logit sees a patch of `receptive_field_px`. patch_px bounds it: 3x3 convolutions that would
     see further become 1x1 and downsampling stops, so smaller patches give a finer grid.
-    logits_px=1 joins the 4x4 grid into one logit for the whole image.
+    logits_px=1 joins the coarsest grid, mostly 4x4, into one logit for the whole image.
 
     patch_size > 1 starts from squares of that many pixels as channels, at img_resolution /
     patch_size; None starts at 16 px. gradient_checkpointing: as in `Generator`.
@@ -73,7 +73,7 @@ class Discriminator(DiscriminatorBase):
 
     def __init__(
         self,
-        img_resolution: int,
+        img_resolution: int | Sequence[int],
         widths: Sequence[int],
         img_channels: int = 3,
         label_dim: int = 0,
@@ -84,15 +84,17 @@ class Discriminator(DiscriminatorBase):
         logits_px: int = 4,
         embed_dim: int = 64,
         patch_size: int | None = 1,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = False,
     ) -> None:
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
         patch_size = patch_size or default_patch_size(img_resolution)
         stages = count_stages(img_resolution, img_channels, widths, patch_size)
-        if patch_px is not None and not 16 <= patch_px <= img_resolution:
+        resolution = parse_resolution(img_resolution)
+        self.gradient_checkpointing = needs_checkpointing(gradient_checkpointing, resolution)
+        side = min(height_width(resolution))
+        if patch_px is not None and not 16 <= patch_px <= side:
             raise ValueError(
-                f"patch_px={patch_px}: must be from 16 to the image's {img_resolution}, "
+                f"patch_px={patch_px}: must be from 16 to the image's {side}, "
                 "or null for the whole image"
             )
         if logits_px not in (1, 4) or (logits_px == 1 and patch_px is not None):
@@ -132,8 +134,9 @@ class Discriminator(DiscriminatorBase):
         self.act = BiasLeakyReLU(width)
         self.pool = self.to_embed = self.embed = None
         if logits_px == 1:
-            self.pool = init_conv(nn.Conv2d(width, width, 4, groups=width, bias=False), gain=1)
-            field += 3 * jump
+            size = coarsest_size(img_resolution)
+            self.pool = init_conv(nn.Conv2d(width, width, size, groups=width, bias=False), gain=1)
+            field += (max(size) - 1) * jump
         self.receptive_field_px = field
         self.to_logit = init_conv(nn.Conv2d(width, 1, 1), gain=1)
         if label_dim:

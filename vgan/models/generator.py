@@ -12,26 +12,29 @@ from vgan.models.layers import (
     ConvToPixels,
     PointwiseConv2d,
     ResidualBlock,
-    count_stages,
-    default_patch_size,
     init_conv,
     init_normal,
     run_layer,
     upsample2x,
 )
+from vgan.models.sizes import coarsest_size, count_stages, default_patch_size, needs_checkpointing
+from vgan.runtime.images import Resolution, parse_resolution
 
 
 class LatentInput(nn.Module):
-    """z (N, z_dim) and one-hot c (N, label_dim) -> features (N, width, 4, 4).
+    """z (N, z_dim) and one-hot c (N, label_dim) -> features (N, width, *size).
 
-    A learned 4x4 basis, scaled per channel by a linear map of z and the class embedding. The class
-    embedding starts at a fifth of the size of z: with equal sizes small generators ignored z, and
-    on data=shapes each class had collapsed to one image after 20,000 images.
+    A learned basis of `size`, mostly 4x4, scaled per channel by a linear map of z and the class
+    embedding. The class embedding starts at a fifth of the size of z: with equal sizes small
+    generators ignored z, and on data=shapes each class had collapsed to one image after 20,000
+    images.
     """
 
     memory_format = torch.channels_last  # all layers follow it; changed in comparisons only
 
-    def __init__(self, z_dim: int, label_dim: int, width: int, embed_dim: int) -> None:
+    def __init__(
+        self, z_dim: int, label_dim: int, width: int, embed_dim: int, size: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.label_dim = label_dim
         self.embed = nn.Linear(label_dim, embed_dim, bias=False) if label_dim else None
@@ -41,7 +44,7 @@ class LatentInput(nn.Module):
         self.scale = nn.Linear(features, width)
         init_normal(self.scale.weight, 1 / math.sqrt(features))
         nn.init.zeros_(self.scale.bias)
-        self.basis = nn.Parameter(torch.empty(width, 4, 4))
+        self.basis = nn.Parameter(torch.empty(width, *size))
         init_normal(self.basis, 1.0)
 
     def latent(self, z: Tensor, c: Tensor | None) -> Tensor:
@@ -59,7 +62,7 @@ class LatentInput(nn.Module):
         return self.features(self.latent(z, c))
 
     def features(self, latent: Tensor) -> Tensor:
-        """Return the features (N, width, 4, 4) of a result of `latent`."""
+        """Return the features (N, width, *size) of a result of `latent`."""
         scale = self.scale(latent)[:, :, None, None]
         # Under autocast a float32 basis would keep the whole first stage in float32.
         x = scale * self.basis.to(scale.dtype)
@@ -70,12 +73,13 @@ class GeneratorBase(nn.Module):
     """The base class of all generators: a network from latents and classes to images.
 
     forward(z, c): z (N, z_dim) ~ N(0, I); c (N, label_dim) one-hot, or None where label_dim is 0.
-    Returns (N, img_channels, img_resolution, img_resolution): -1 is black, 1 is white, not clipped.
+    Returns (N, img_channels, H, W): -1 is black, 1 is white, not clipped. Of four channels the last
+    is alpha, and the others are multiplied by it: -1 is black or transparent.
     """
 
     z_dim: int
     label_dim: int
-    img_resolution: int
+    img_resolution: Resolution  # the side of a square in px, or height and width
     img_channels: int
     label_names: tuple[str, ...]  # set when a checkpoint is loaded
 
@@ -84,7 +88,7 @@ class GeneratorBase(nn.Module):
 
 
 class Generator(GeneratorBase):
-    """A residual generator: 4x4 basis, residual stages with antialiased upsampling, pixels.
+    """A residual generator: learned basis, residual stages with antialiased upsampling, pixels.
 
     widths: channels at 4, 8, 16, ... px; further ones are ignored. conv: see `conv3x3`. attention:
     'none', 'self' or 'adaptive', once at the end of each stage in attention_resolutions (px).
@@ -97,7 +101,7 @@ class Generator(GeneratorBase):
     scales start at 1. On emoji it kept more variety: recall 0.19 instead of 0.08 (docs/results.md).
 
     gradient_checkpointing recomputes the features of each layer in the backward pass: less memory,
-    about a third more work (Chen et al. 2016).
+    about a third more work (Chen et al. 2016). None does so from 512 px on.
 
     Source: the residual skeleton without normalisation of Huang et al. 2024, "The GAN is dead; long
     live the GAN!"; modulation Karras et al. 2019, "A style-based generator architecture".
@@ -106,7 +110,7 @@ class Generator(GeneratorBase):
     def __init__(
         self,
         z_dim: int,
-        img_resolution: int,
+        img_resolution: int | Sequence[int],
         widths: Sequence[int],
         img_channels: int = 3,
         label_dim: int = 0,
@@ -118,15 +122,18 @@ class Generator(GeneratorBase):
         embed_dim: int = 64,
         patch_size: int | None = 1,
         modulation: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = False,
     ) -> None:
         super().__init__()
         patch_size = patch_size or default_patch_size(img_resolution)
         stages = count_stages(img_resolution, img_channels, widths, patch_size)
         self.z_dim, self.label_dim = z_dim, label_dim
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.gradient_checkpointing = gradient_checkpointing
-        self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim)
+        self.img_resolution, self.img_channels = parse_resolution(img_resolution), img_channels
+        self.gradient_checkpointing = needs_checkpointing(
+            gradient_checkpointing, self.img_resolution
+        )
+        size = coarsest_size(img_resolution)
+        self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim, size)
         self.stages, self.transitions = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths[:stages]):
             stage = nn.Sequential()
@@ -149,7 +156,7 @@ class Generator(GeneratorBase):
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         latent = self.input.latent(z, c)
-        x = self.input.features(latent)  # (N, widths[0], 4, 4)
+        x = self.input.features(latent)
         for i, stage in enumerate(self.stages):
             if i > 0 and self.modulations:
                 x = x * (1 + self.modulations[i - 1](latent)[:, :, None, None])
@@ -171,7 +178,7 @@ class PlainGenerator(GeneratorBase):
     def __init__(
         self,
         z_dim: int,
-        img_resolution: int,
+        img_resolution: int | Sequence[int],
         widths: Sequence[int],
         img_channels: int = 3,
         label_dim: int = 0,
@@ -183,8 +190,9 @@ class PlainGenerator(GeneratorBase):
         patch_size = patch_size or default_patch_size(img_resolution)
         stages = count_stages(img_resolution, img_channels, widths, patch_size)
         self.z_dim, self.label_dim = z_dim, label_dim
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim)
+        self.img_resolution, self.img_channels = parse_resolution(img_resolution), img_channels
+        size = coarsest_size(img_resolution)
+        self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim, size)
         self.body = nn.Sequential(nn.ReLU())
         width = widths[0]
         for i in range(stages):

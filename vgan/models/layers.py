@@ -6,7 +6,6 @@ activation needs a rule for tangents.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,35 +56,6 @@ def select_pointwise(network: nn.Module, as_matmul: bool) -> None:
     for layer in network.modules():
         if isinstance(layer, PointwiseConv2d):
             layer.as_matmul = as_matmul
-
-
-def count_stages(
-    img_resolution: int, img_channels: int, widths: Sequence[int], patch_size: int
-) -> int:
-    """Return the number of stages from 4 px to img_resolution / patch_size.
-
-    Raises ValueError where the sizes do not fit together.
-    """
-    if img_resolution not in (16, 32, 64, 128, 256):
-        raise ValueError(f"img_resolution={img_resolution}: must be a power of two from 16 to 256")
-    if img_channels not in (1, 3):
-        raise ValueError(f"img_channels={img_channels}: must be 1 (grey) or 3 (RGB)")
-    if patch_size not in (1, 2, 4, 8):
-        raise ValueError(f"patch_size={patch_size}: must be 1, 2, 4 or 8")
-    finest = img_resolution // patch_size
-    stages = int(math.log2(finest)) - 1
-    missing = stages - len(widths)
-    if missing > 0:
-        raise ValueError(
-            f"widths={list(widths)}: {finest} px needs {stages} of them, from 4 px up; "
-            f"add {missing}"
-        )
-    return stages
-
-
-def default_patch_size(img_resolution: int) -> int:
-    """Return the patch size at which the finest feature map has 16 px, between 1 and 8."""
-    return min(8, max(1, img_resolution // 16))
 
 
 class ConvToPixels(nn.Sequential):

@@ -110,7 +110,7 @@ def require_own(node: Mapping[str, Any], name: str, package: str, fix: str) -> N
         )
 
 
-def construct_own(node: Mapping[str, Any], name: str, sizes: Mapping[str, int]) -> Any:
+def construct_own(node: Mapping[str, Any], name: str, sizes: Mapping[str, Any]) -> Any:
     """Build the network that a checkpoint describes. Raises UserError if it cannot be built."""
     require_own(node, name, "vgan.models", "build yours in Python")
     try:

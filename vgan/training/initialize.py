@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from vgan.inference.load import read_safetensors
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
+from vgan.models.sizes import coarsest_size
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.runtime.images import Resolution, format_px, height_width, parse_resolution
 
 _STAGE = re.compile(r"^(stages|transitions)\.(\d+)\.")
 _LATENT = ("input.scale.", "modulations.")  # linear maps of z, then of the class embedding
@@ -29,7 +31,7 @@ class Source(NamedTuple):
 
     name: str
     digest: str
-    resolution: int
+    resolution: Resolution
     labels: tuple[str, ...]
     G: dict[str, Tensor]  # averaged weights
     D: dict[str, Tensor]  # empty for an exported generator
@@ -45,7 +47,7 @@ def read_source(init: str) -> Source:
             state = read_safetensors(path)
         G, D = dict(state["G_ema"]), dict(state.get("D", {}))
         labels = tuple(map(str, state["data"]["labels"]))
-        resolution = int(state["sizes"]["img_resolution"])
+        resolution = parse_resolution(state["sizes"]["img_resolution"])
     except UserError as e:
         raise UserError(f"init={init}: {e}") from e
     except (LookupError, TypeError, ValueError) as e:
@@ -65,11 +67,15 @@ def initialize(
     labels: the class names of the new data. Raises UserError where networks are of other sizes, the
     source has a higher resolution, or one of the freeze_d finest stages of D would be new.
     """
-    if G.img_resolution < source.resolution:
-        rule = f"has a higher resolution ({source.resolution} px) than data.resolution"
-        raise UserError(f"init={source.name}: {rule}={G.img_resolution}; use an equal or lower one")
+    own, theirs = format_px(G.img_resolution), format_px(source.resolution)
+    if coarsest_size(G.img_resolution) != coarsest_size(source.resolution):
+        rule = f"has images of another shape ({theirs}) than data.resolution ({own})"
+        raise UserError(f"init={source.name}: {rule}; use one that is doubled or equal")
+    if max(height_width(G.img_resolution)) < max(height_width(source.resolution)):
+        rule = f"has a higher resolution ({theirs}) than data.resolution ({own})"
+        raise UserError(f"init={source.name}: {rule}; use an equal or lower one")
     if freeze_d > 0 and (not source.D or G.img_resolution != source.resolution):
-        rule = f"needs a discriminator of {G.img_resolution} px in init={source.name}"
+        rule = f"needs a discriminator of {own} in init={source.name}"
         raise UserError(f"freeze_d={freeze_d}: {rule}; use freeze_d=0")
     parts = [_copy("G", G, source, source.G, labels)]
     if source.D:

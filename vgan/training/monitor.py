@@ -388,8 +388,8 @@ def diversity(fakes: Tensor, reals: Tensor) -> Tensor:
 
 
 def small_grid(images: Tensor) -> np.ndarray:
-    """Return a grid of images as (H, W) or (H, W, 3) uint8, small ones enlarged."""
-    return enlarge(grid(images), zoom_for(images.shape[-1]))
+    """Return a grid of images as (H, W) or (H, W, 3 or 4) uint8, small ones enlarged."""
+    return enlarge(grid(images), zoom_for(min(images.shape[2:])))
 
 
 def _is_sharded(G: GeneratorBase) -> bool:

@@ -91,6 +91,9 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         config.pop("model.discriminator.weights", None)  # the digest counts, not the path
         config.pop("model.generator.gradient_checkpointing", None)
         config.pop("model.discriminator.gradient_checkpointing", None)
+    for k in [k for k in now.keys() & before.keys() if k.endswith("widths")]:
+        n = min(len(before[k]), len(now[k]))  # those of higher resolutions have no effect
+        before[k], now[k] = before[k][:n], now[k][:n]
     before = {"init": None, "freeze_d": 0, **before}
     if "model.generator.modulation" in now:  # not in the first versions
         before.setdefault("model.generator.modulation", False)

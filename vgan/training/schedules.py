@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vgan.runtime.distributed import mean_
+from vgan.runtime.images import Resolution, height_width
 
 Schedule = Callable[[int], float]
 
@@ -56,7 +57,7 @@ def ema_decay(halflife_kimg: float, ramp: float, cur_nimg: int, batch_size: int)
     return 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
 
 
-def default_gamma(img_resolution: int, batch_size: int) -> tuple[float, float]:
+def default_gamma(resolution: Resolution, batch_size: int) -> tuple[float, float]:
     """Return where gamma starts and ends for photographs of a resolution.
 
     0.2 falling to 0.1 was measured to keep CIFAR-10 (32 px, batches of 256) diverse. The squared
@@ -64,7 +65,8 @@ def default_gamma(img_resolution: int, batch_size: int) -> tuple[float, float]:
     it. Smaller batches are noisier and need more: Karras et al. 2020 take resolution^2 / batch;
     the square root of the batch agrees better with the embedded shapes.
     """
-    gamma = 0.2 * (img_resolution / 32) ** 2 * (256 / batch_size) ** 0.5
+    height, width = height_width(resolution)
+    gamma = 0.2 * (height / 32) * (width / 32) * (256 / batch_size) ** 0.5
     return gamma, gamma / 2
 
 

@@ -29,7 +29,7 @@ from vgan.runtime.distributed import (
     world_size,
 )
 from vgan.runtime.errors import UserError
-from vgan.runtime.images import to_float
+from vgan.runtime.images import Resolution, to_float
 from vgan.runtime.instantiate import construct, locate
 from vgan.runtime.nested import flatten
 from vgan.runtime.rng import Streams
@@ -181,7 +181,7 @@ def build_objective(cfg: TrainConfig, device: torch.device, precision: str) -> O
     )
 
 
-def build_schedules(cfg: TrainConfig, img_resolution: int) -> dict[str, Schedule]:
+def build_schedules(cfg: TrainConfig, img_resolution: Resolution) -> dict[str, Schedule]:
     """Build the schedules of lr_G, lr_D, beta2, gamma and augment_p."""
     ramps = {"lr_G": cfg.optim.lr_G, "lr_D": cfg.optim.lr_D, "beta2": cfg.optim.beta2}
     ramps |= {"gamma": cfg.loss.gamma, "augment_p": cfg.augment.p}
@@ -193,7 +193,7 @@ def build_schedules(cfg: TrainConfig, img_resolution: int) -> dict[str, Schedule
 
 def build_state(
     cfg: TrainConfig,
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, Any],
     device: torch.device,
     precision: str,
     init: Source | None = None,
@@ -236,7 +236,7 @@ def build_state(
 
 
 def build_networks(
-    cfg: TrainConfig, sizes: Mapping[str, int]
+    cfg: TrainConfig, sizes: Mapping[str, Any]
 ) -> tuple[GeneratorBase, DiscriminatorBase]:
     """Build G and D for data of `sizes` (img_resolution, img_channels, label_dim), on the CPU.
 

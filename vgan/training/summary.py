@@ -11,6 +11,7 @@ from vgan.models.attention import SelfAttention2d
 from vgan.runtime.console import report_line
 from vgan.runtime.distributed import world_size
 from vgan.runtime.hardware import describe
+from vgan.runtime.images import format_px, height_width
 from vgan.training.setup import Run
 
 
@@ -75,19 +76,21 @@ def summary(run: Run) -> str:
 def facts(run: Run) -> dict[str, str]:
     """Return data, networks, device and length of a run, in words."""
     state, data, device = run.state, run.dataset, run.device
-    size = data.img_resolution
+    size = format_px(data.img_resolution)
+    height, width = height_width(data.img_resolution)
     c = torch.zeros(1, data.label_dim, device=device)
     z = torch.zeros(1, state.G.z_dim, device=device)
-    x = torch.zeros(1, data.img_channels, size, size, device=device)
+    x = torch.zeros(1, data.img_channels, height, width, device=device)
     count = f"{len(data):,} images"
     if data.stream:
         count = f"a stream, of which {count} are packed,"
     classes = f", {data.label_dim} classes" if data.label_dim else ""
     field = getattr(state.D, "receptive_field_px", None)
-    patch = f", each logit sees {min(field, size)} of {size} px" if field else ""
+    seen = min(field or 0, max(height, width))
+    patch = f", each logit sees {seen} of {size}" if field else ""
     resumed = f", resumed at {state.cur_nimg:,} images" if state.cur_nimg else ""
     return {
-        "data": f"{data.name}: {count} of {size} px, {data.img_channels} channels{classes}",
+        "data": f"{data.name}: {count} of {size}, {data.img_channels} channels{classes}",
         "G": _describe_network(state.G, z, c),
         "D": _describe_network(state.D, x, c) + patch,
         "device": f"{describe(device)}, {run.precision}",

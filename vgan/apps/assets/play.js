@@ -1,13 +1,14 @@
 
 const $$ = (id) => document.getElementById(id);
 const info = JSON.parse($$("info").textContent);
-const { resolution: side, channels, z_dim: zDim, labels, attention } = info;
+const { height, width, channels, z_dim: zDim, labels, attention } = info;
 const grid = $$("grid"), stage = $$("stage"), large = $$("large");
 const STRIP = 9; // images in a saved strip
 const FILM = 48; // images from one end to the other of a film
 const RATE = 25; // frames a second of a film
-const zoom = Math.max(1, Math.floor(64 / side)); // of saved grids, as vgan-sample enlarges them
+const zoom = Math.max(1, Math.floor(64 / Math.min(height, width))); // of saved grids, as vgan-sample enlarges them
 
+document.documentElement.style.setProperty("--shape", `${width} / ${height}`); // of every image
 const TOUCH = matchMedia("(pointer: coarse)").matches;
 
 let backend = null;
@@ -57,7 +58,7 @@ async function pointsAlong({ from, to }, places) {
 // Return {image: ImageData, weights: attention (heads, h w, h w) or null} of each point {z, c}.
 async function render(points) {
   const truncation = Number($$("truncation").value), withAttention = attention !== null && $$("attention").checked, drawn = [];
-  const area = side * side, heat = withAttention ? attention.heads * (attention.h * attention.w) ** 2 : 0;
+  const area = height * width, heat = withAttention ? attention.heads * (attention.h * attention.w) ** 2 : 0;
   for (let start = 0; start < points.length; start += info.batch) {
     const part = points.slice(start, start + info.batch);
     const z = new Float32Array(part.length * zDim), c = new Float32Array(part.length * labels.length);
@@ -67,10 +68,11 @@ async function render(points) {
     });
     const { pixels, attention: weights } = await backend.draw(z, c, part.length, withAttention);
     part.forEach((_, i) => {
-      const image = new ImageData(side, side);
+      const image = new ImageData(width, height), at = (k, p) => pixels[(i * channels + k) * area + p];
       for (let p = 0; p < area; p++) {
-        for (let k = 0; k < 3; k++) image.data[4 * p + k] = pixels[(i * channels + Math.min(k, channels - 1)) * area + p];
-        image.data[4 * p + 3] = 255;
+        const alpha = channels === 4 ? at(3, p) : 255; // colours are multiplied by it
+        for (let k = 0; k < 3; k++) image.data[4 * p + k] = at(Math.min(k, channels - 1), p) * 255 / Math.max(1, alpha);
+        image.data[4 * p + 3] = alpha;
       }
       drawn.push({ image, weights: weights ? weights.subarray(i * heat, (i + 1) * heat) : null });
     });
@@ -154,7 +156,7 @@ function makeTiles(count) {
     frame.className = "frame";
     heat.className = "heat";
     caption.className = "caption";
-    canvas.width = canvas.height = side;
+    size(canvas);
     frame.append(canvas, heat);
     button.append(frame, caption);
     button.addEventListener("click", (event) => take(i, event));
@@ -246,6 +248,11 @@ function startDrag(event, i) {
 
 // --- the stage: one large image, or an interpolation ----------------------------------------------------------------
 
+function size(canvas, times = 1) {
+  canvas.width = width * times;
+  canvas.height = height * times;
+}
+
 function copy(from, to) {
   to.width = from.width;
   to.height = from.height;
@@ -254,7 +261,7 @@ function copy(from, to) {
 
 function present(drawn, name) {
   stage.hidden = false;
-  large.width = large.height = side;
+  size(large);
   large.getContext("2d").putImageData(drawn.image, 0, 0);
   large.setAttribute("aria-label", `image ${name}`);
   $$("large-heat").hidden = true;
@@ -327,8 +334,8 @@ const pad = document.createElement("canvas"); // one row of attention as small p
 
 // The colours of vgan/inference/attention_maps.py: from black through red and yellow to white, over the darkened image.
 function drawHeat(canvas, drawn, row, column) {
-  const { h, w } = attention, size = h * w, head = Number($$("head").value) || 0;
-  const weights = drawn.weights.subarray(head * size * size + (row * w + column) * size).subarray(0, size);
+  const { h, w } = attention, cells = h * w, head = Number($$("head").value) || 0;
+  const weights = drawn.weights.subarray(head * cells * cells + (row * w + column) * cells).subarray(0, cells);
   const most = weights.reduce((a, b) => Math.max(a, b), 1e-12), colours = new ImageData(w, h);
   weights.forEach((value, i) => {
     const t = value / most;
@@ -337,23 +344,25 @@ function drawHeat(canvas, drawn, row, column) {
   [pad.width, pad.height] = [w, h];
   pad.getContext("2d").putImageData(colours, 0, 0);
   const image = document.createElement("canvas");
-  image.width = image.height = side;
+  size(image);
   image.getContext("2d").putImageData(drawn.image, 0, 0);
-  const edge = canvas.width = canvas.height = side * Math.max(1, Math.round(384 / side)), ink = canvas.getContext("2d");
+  const times = Math.max(1, Math.round(384 / width)), ink = canvas.getContext("2d");
+  size(canvas, times);
+  const area = [0, 0, canvas.width, canvas.height];
   ink.imageSmoothingEnabled = false;
-  ink.drawImage(image, 0, 0, edge, edge);
+  ink.drawImage(image, ...area);
   ink.globalCompositeOperation = "saturation"; // grey: the colours are the heat's
   ink.fillStyle = "#888";
-  ink.fillRect(0, 0, edge, edge);
+  ink.fillRect(...area);
   ink.globalCompositeOperation = "source-over";
   ink.fillStyle = "rgb(0 0 0 / 45%)";
-  ink.fillRect(0, 0, edge, edge);
+  ink.fillRect(...area);
   ink.imageSmoothingEnabled = true;
   ink.imageSmoothingQuality = "high";
-  ink.drawImage(pad, 0, 0, edge, edge);
+  ink.drawImage(pad, ...area);
   ink.strokeStyle = "#5ae6ff";
-  ink.lineWidth = edge / 80;
-  ink.strokeRect(column * edge / w, row * edge / h, edge / w, edge / h);
+  ink.lineWidth = canvas.width / 80;
+  ink.strokeRect(column * canvas.width / w, row * canvas.height / h, canvas.width / w, canvas.height / h);
   canvas.hidden = false;
 }
 
@@ -392,13 +401,13 @@ function download(blob, name) {
 // Images in rows, each pixel `times` larger.
 function sheet(images, columns, times) {
   const canvas = document.createElement("canvas"), one = document.createElement("canvas"), ink = canvas.getContext("2d");
-  one.width = one.height = side;
-  canvas.width = columns * side * times;
-  canvas.height = Math.ceil(images.length / columns) * side * times;
+  size(one);
+  canvas.width = columns * width * times;
+  canvas.height = Math.ceil(images.length / columns) * height * times;
   ink.imageSmoothingEnabled = false;
   images.forEach((image, i) => {
     one.getContext("2d").putImageData(image, 0, 0);
-    ink.drawImage(one, (i % columns) * side * times, Math.floor(i / columns) * side * times, side * times, side * times);
+    ink.drawImage(one, (i % columns) * width * times, Math.floor(i / columns) * height * times, width * times, height * times);
   });
   return canvas;
 }
@@ -421,7 +430,7 @@ async function saveStrip() {
 async function saveFilm() {
   if (!way) return;
   const name = nameOfWay(), there = await imagesAlong(FILM), images = [...there, ...there.slice(1, -1).reverse()];
-  const type = ["video/webm", "video/mp4"].find((kind) => MediaRecorder.isTypeSupported(kind)), times = Math.max(1, Math.round(256 / side));
+  const type = ["video/webm", "video/mp4"].find((kind) => MediaRecorder.isTypeSupported(kind)), times = Math.max(1, Math.round(256 / width));
   const canvas = sheet(images.slice(0, 1), 1, times), recorder = new MediaRecorder(canvas.captureStream(RATE), { mimeType: type });
   const parts = [], ended = new Promise((done) => { recorder.onstop = done; });
   recorder.ondataavailable = ({ data }) => parts.push(data);

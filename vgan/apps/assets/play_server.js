@@ -19,7 +19,7 @@ async function openBackend(info) {
       body.set(z);
       body.set(c, z.length);
       const bytes = new Uint8Array(await ask(`draw?n=${n}&attention=${Number(withAttention)}`, "application/octet-stream", body));
-      const size = n * info.channels * info.resolution ** 2;
+      const size = n * info.channels * info.height * info.width;
       return { pixels: bytes.subarray(0, size), attention: withAttention ? bytes.subarray(size) : null };
     },
   };
