@@ -332,9 +332,8 @@ class TestPage:
             position={"x": box["width"] * 0.55, "y": box["height"] * 0.3}
         )  # of 8 x 8: row 2, column 4
         assert heat.is_visible()
-        weights = attention_maps(backend.G, *latents(backend.G, torch.tensor([2]), 3))[1][
-            -1
-        ].weights[0, 0, 2, 4]
+        z, c = latents(backend.G, torch.tensor([2]), 3)
+        weights = attention_maps(backend.G, z, c, query=(2.5 / 8, 4.5 / 8))[1][-1].weights[0, 0]
         drawn = pixels(heat)
         edge = drawn.shape[0] // 8
         share = (weights / weights.max()).numpy()

@@ -201,19 +201,16 @@ def test_a_number_asked_for_twice_is_drawn_twice(ckpt: Path, tmp_path: Path) -> 
 
 def test_a_map_shows_heat_where_it_maps_and_red_where_it_maps_fake() -> None:
     images = torch.full((2, 3, 16, 16), 128, dtype=torch.uint8)
-    weights = torch.zeros(2, 1, 4, 4, 4, 4)
-    weights[:, :, 2, 3, 0, 1] = 1.0  # from row 2, column 3, all of it to row 0, column 1
-    weights[:, :, 0, 0, 3, 3] = 1.0
-    effect = torch.zeros(2, 4, 4)
-    effect[:, 2, 3] = 5.0
+    weights = torch.zeros(2, 1, 4, 4)
+    weights[:, :, 0, 1] = 1.0  # from row 2, column 3, all of it to row 0, column 1
+    position = torch.tensor([[2, 3], [2, 3]])
     gates = torch.zeros(2, 1, 4, 4)
     gates[:, :, 1, 2] = -1.0
-    layer = AttentionMap(weights, gates, effect)
-    assert layer.strongest().tolist() == [[2, 3], [2, 3]]
+    layer = AttentionMap(position, weights, gates)
     sheet = attention_grid(images, [layer]).astype(int)
     heat, gate = sheet[18:114, 104:200], sheet[18:114, 204:300]
     assert np.unravel_index(heat[:, :, 0].argmax(), (96, 96))[0] < 24  # the hottest place
-    assert heat[12, 36, 0] > heat[84, 84, 0] + 60  # not where the other position maps
+    assert heat[12, 36, 0] > heat[84, 84, 0] + 60  # and not elsewhere
     assert (heat[48, 72:96] == (90, 230, 255)).all()  # the frame's upper edge
     assert gate[36, 60, 2] > gate[36, 60, 0] + 60  # below 0 is blue
     logits = torch.zeros(2, 4, 4)
@@ -263,12 +260,9 @@ def test_attention_maps_are_where_the_network_maps(ckpt: Path) -> None:
     z, c = latents(G, torch.arange(3), seed=0)
     images, maps = attention_maps(G, z, c)
     assert torch.equal(images, draw(G, torch.arange(3), 0))  # looking changes nothing
-    assert [tuple(layer.weights.shape) for layer in maps] == [
-        (3, 1, 4, 4, 4, 4),
-        (3, 1, 8, 8, 8, 8),
-    ]
+    assert [tuple(layer.weights.shape) for layer in maps] == [(3, 1, 4, 4), (3, 1, 8, 8)]
     for layer in maps:
-        assert torch.allclose(layer.weights.sum((4, 5)), torch.ones(1), atol=1e-5)
+        assert torch.allclose(layer.weights.sum((2, 3)), torch.ones(1), atol=1e-5)
     attention = G.stages[1][-1].attention  # type: ignore[index, union-attr]
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     seen = {}
@@ -277,6 +271,10 @@ def test_attention_maps_are_where_the_network_maps(ckpt: Path) -> None:
     values = attention.to_qkv(x).flatten(2)[:, 16:].unflatten(1, (1, 8))  # one head of 8 channels
     by_hand = (attention.weights(x) @ values.transpose(2, 3)).transpose(2, 3).reshape(2, 8, 8, 8)
     assert torch.allclose(seen["y"], by_hand, atol=1e-5)
+    row = attention.weights(x, torch.tensor([5, 40]))
+    assert torch.allclose(row[:, :, 0], attention.weights(x)[[0, 1], :, [5, 40]])
+    asked = attention_maps(G, z, c, query=(0.9, 0.3))[1][1]
+    assert asked.position.tolist() == [[7, 2]] * 3
 
 
 def test_verdicts_add_up_to_the_logit(ckpt: Path) -> None:

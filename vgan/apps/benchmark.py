@@ -171,9 +171,7 @@ class Benchmark:
         It shows that steps work and how memory grows with the batch. Raises UserError where a
         step fails.
         """
-        resolution = parse_resolution(cfg.data.get("resolution", 64))
-        is_large = max(height_width(resolution)) >= CHECKPOINTING_PX
-        batch_size = 2 if is_large else max(2, cfg.batch_size // 4)
+        batch_size = 2 if _has_large_images(cfg) else max(2, cfg.batch_size // 4)
         small = {**settings_of(cfg), "batch_size": batch_size}
         with contextlib.ExitStack() as stack:
             try:
@@ -297,6 +295,14 @@ class Benchmark:
             free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
             return (free + reserved) / 1e9
         return hardware.host_memory_gb()[1] + hardware.resident_gb()
+
+
+def _has_large_images(cfg: TrainConfig) -> bool:
+    try:
+        resolution = parse_resolution(cfg.data.get("resolution", 64))
+    except ValueError:  # of somebody's own data set; the networks will complain
+        return False
+    return max(height_width(resolution)) >= CHECKPOINTING_PX
 
 
 def settings_of(cfg: TrainConfig) -> Settings:

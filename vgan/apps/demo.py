@@ -8,7 +8,6 @@ import re
 import socket
 import threading
 import webbrowser
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,13 +15,14 @@ import torch
 
 from vgan.apps.page import PageInfo, page_info, render_page
 from vgan.config import DemoConfig
-from vgan.inference.attention_maps import AttentionMap, attention_maps, finest_attention
-from vgan.inference.latents import latents, render
+from vgan.inference.attention_maps import finest_attention
+from vgan.inference.latents import FromLatent, latents, render
 from vgan.inference.load import drawing_precision, restore_generator
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
-from vgan.runtime.device import pick_device, prepare_process
+from vgan.runtime.device import autocast, pick_device, prepare_process
 from vgan.runtime.errors import UserError, is_out_of_memory
+from vgan.runtime.images import to_uint8
 from vgan.runtime.signals import was_interrupted
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class PageBackend:
         self.G, self.seed, self.precision = G, seed, precision
         self.device = next(G.parameters()).device
         finest = finest_attention(G)
+        self._layer = finest[0] if finest else None
         self.attention = finest[1] if finest else None
         self._lock = threading.Lock()
 
@@ -128,13 +129,14 @@ class PageBackend:
             z, c = row[: n * z_dim].view(n, z_dim), row[n * z_dim :].view(n, label_dim)
             if not (with_attention and self.attention):
                 return render(self.G, z, c, self.precision).cpu().numpy().tobytes()
-            images, maps = attention_maps(self.G, z, c, self.precision)
-            return images.cpu().numpy().tobytes() + self._attention_bytes(maps)
-
-    def _attention_bytes(self, maps: Sequence[AttentionMap]) -> bytes:
-        weights = [m.weights for m in maps if m.weights.shape[1:4] == self.attention][-1].flatten(4)
-        scaled = weights / weights.amax(-1, keepdim=True) * 255
-        return scaled.round().to(torch.uint8).numpy().tobytes()
+            program = FromLatent(self.G, self._layer)
+            try:
+                with torch.no_grad(), autocast(self.device, self.precision):
+                    images, weights = program(z, c)
+            finally:
+                program.close()
+            scaled = (weights / weights.amax(-1, keepdim=True) * 255).round().to(torch.uint8)
+            return to_uint8(images).cpu().numpy().tobytes() + scaled.cpu().numpy().tobytes()
 
 
 class BadRequest(ValueError):

@@ -29,20 +29,14 @@ _RED, _BLUE = np.array([235.0, 64.0, 52.0]), np.array([56.0, 132.0, 255.0])
 class AttentionMap:
     """One attention layer over N images, at h x w positions.
 
-    weights (N, heads, h, w, h, w): the attention of each position (the first two) to all others.
-    They sum to 1 over the last two. gates (N, groups, h, w) in (-1, 1) of adaptive attention, else
-    None. effect (N, h, w): how much the layer changed the features of each position.
+    position (N, 2): row and column of one position of each image. weights (N, heads, h, w): its
+    attention to all positions, which sums to 1. gates (N, groups, h, w) in (-1, 1) of adaptive
+    attention, else None.
     """
 
+    position: Tensor
     weights: Tensor
     gates: Tensor | None
-    effect: Tensor
-
-    def strongest(self) -> Tensor:
-        """Return (N, 2), row and column of the position that the layer changed most."""
-        position = self.effect.flatten(1).argmax(1)
-        width = self.effect.shape[2]
-        return torch.stack([position // width, position % width], dim=1)
 
 
 def attention_layers(G: nn.Module) -> list[GatedSelfAttention | AdaptiveAttention2d]:
@@ -57,24 +51,34 @@ def has_attention(G: nn.Module) -> bool:
 
 @torch.no_grad()
 def attention_maps(
-    G: GeneratorBase, z: Tensor, c: Tensor, precision: str = "fp32"
+    G: GeneratorBase,
+    z: Tensor,
+    c: Tensor,
+    precision: str = "fp32",
+    query: tuple[float, float] | None = None,
 ) -> tuple[Tensor, list[AttentionMap]]:
     """Return uint8 images (N, C, H, W), and one AttentionMap for each layer, coarse ones first.
 
-    The maps are on the CPU. Raises UserError if the generator has no attention.
+    query: the position as fractions of height and width, in [0, 1). None takes the one that the
+    layer changed most. The maps are on the CPU. Raises UserError if the generator has no attention.
     """
     maps: list[AttentionMap] = []
 
     def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, (GatedSelfAttention, AdaptiveAttention2d))
         (x,) = args
-        size = x.shape[2:]
-        weights = layer.attention.weights(x).unflatten(3, size).unflatten(2, size)
+        h, w = x.shape[2:]
         gates = layer.gates(x).float().cpu() if isinstance(layer, AdaptiveAttention2d) else None
         change = output.float()
         if output.shape == x.shape:
             change = change - x.float()
-        maps.append(AttentionMap(weights.float().cpu(), gates, change.norm(dim=1).cpu()))
+        place = change.norm(dim=1).flatten(1).argmax(1)
+        if query is not None:
+            place = torch.full_like(place, int(query[0] * h) * w + int(query[1] * w))
+        # One row of the matrix: all of it takes gigabytes at 64 px.
+        weights = layer.attention.weights(x, place)[:, :, 0].unflatten(2, (h, w))
+        position = torch.stack([place // w, place % w], dim=1)
+        maps.append(AttentionMap(position.cpu(), weights.float().cpu(), gates))
 
     hooks = [layer.register_forward_hook(record) for layer in attention_layers(G)]
     if not hooks:
@@ -97,7 +101,7 @@ def finest_attention(G: GeneratorBase) -> tuple[nn.Module, tuple[int, int, int]]
     device = next(G.parameters()).device
     z, c = torch.zeros(1, G.z_dim, device=device), torch.zeros(1, G.label_dim, device=device)
     for layer, layer_map in zip(reversed(layers), reversed(attention_maps(G, z, c)[1])):
-        heads, h, w = layer_map.weights.shape[1:4]
+        heads, h, w = layer_map.weights.shape[1:]
         if h * w <= MAX_POSITIONS:
             return layer, (heads, h, w)
     return None
@@ -113,25 +117,18 @@ def patch_logits(
         return logit_map(to_float(images), c).float().cpu()
 
 
-def attention_grid(
-    images: Tensor, maps: Sequence[AttentionMap], query: tuple[float, float] | None = None
-) -> np.ndarray:
+def attention_grid(images: Tensor, maps: Sequence[AttentionMap]) -> np.ndarray:
     """Draw a row for each uint8 image (N, C, H, W): the image, then attention and gates.
 
-    The attention is that of one position. query: row and column of that position as fractions of
-    height and width, in [0, 1). None takes the position that the layer changed most. Bright means
-    attended to; the position is framed. Returns (height, width, 3) uint8.
+    Bright means attended to; the position that attends is framed. Returns (height, width, 3) uint8.
     """
     columns = {"image": [_tile(image) for image in images]}
     for layer in maps:
-        h, w = layer.effect.shape[1:]
-        positions = layer.strongest()
-        if query is not None:
-            positions[:] = torch.tensor([int(query[0] * h), int(query[1] * w)])
+        h, w = layer.weights.shape[2:]
         for head in range(layer.weights.shape[1]):
             tiles = []
-            for i, (row, column) in enumerate(positions.tolist()):
-                heat = layer.weights[i, head, row, column]
+            for i, (row, column) in enumerate(layer.position.tolist()):
+                heat = layer.weights[i, head]
                 tiles.append(_framed(_with_heat(images[i], heat / heat.max()), row, column, h, w))
             columns[f"{h} px, head {head + 1}"] = tiles
         groups = () if layer.gates is None else layer.gates.unbind(1)

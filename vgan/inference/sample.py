@@ -213,7 +213,7 @@ def _write_attention(cfg: SampleConfig, G: GeneratorBase, precision: str, out: P
             rule = f"must be [row,column] in pixels below {sides[0]} and {sides[1]}"
             raise UserError(f"query={list(cfg.query)}: {rule}")
         query = (cfg.query[0] / sides[0], cfg.query[1] / sides[1])
-    write_png(out, maps.attention_grid(*maps.attention_maps(G, z, c, precision), query))
+    write_png(out, maps.attention_grid(*maps.attention_maps(G, z, c, precision, query)))
     return f"attention of {len(z)} images"
 
 

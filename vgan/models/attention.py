@@ -48,9 +48,14 @@ class SelfAttention2d(nn.Module):
         y = _attend(q, k, v).transpose(1, 2)  # (N, H W, heads, d)
         return self.to_out(y.reshape(n, height, width, c).permute(0, 3, 1, 2))  # channels-last
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Return the attention weights (N, heads, H W, H W), rows sum to 1. Not for training."""
+    def weights(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """Return the attention weights (N, heads, H W, H W), rows sum to 1. Not for training.
+
+        With `query`, an index (N,) of positions, return their rows alone, (N, heads, 1, H W).
+        """
         q, k, _ = self._queries_keys_values(x)
+        if query is not None:
+            q = q[torch.arange(len(q), device=q.device), :, query][:, :, None]
         return ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(-1)
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
