@@ -8,8 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vgan"
 # From top to bottom: a file imports from its own folder and from those below it.
-ORDER = ["train", "cli", "help", "apps", "training", "evaluation", "inference", "runs", "models"]
-ORDER += ["data", "validation", "config", "schema", "runtime"]
+ORDER = ["__main__", "train", "cli", "help", "apps", "training", "evaluation", "inference", "runs"]
+ORDER += ["models", "data", "validation", "config", "schema", "runtime"]
 ALLOWED = {
     "hydra": {"cli", "help", "runtime"},
     "tensorboard": {"runs"},

@@ -21,6 +21,7 @@ from PIL import Image
 from runs import TINY, train_in_process
 from test_cli import Cli, message
 
+import vgan
 from vgan import cli
 from vgan.apps.charts import Curve, chart, label, log_ticks, thin, ticks
 from vgan.apps.command_line import command
@@ -156,7 +157,7 @@ def test_a_page_about_a_run(run: Cli, tmp_path: Path) -> None:
         "attn, size xs, loss rpgan, data shapes",
         "16 px, 64 images, 8 classes",
         "80 of 80",
-        "vgan 0.1.0, torch",
+        f"vgan {vgan.__version__}, torch",
     ):
         assert fact in page.text
     parameters = re.search(r"([\d,]+) G \+ ([\d,]+) D", page.text)

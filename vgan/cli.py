@@ -1,5 +1,6 @@
 """Entry points of the console scripts, and errors as one line."""
 
+import argparse
 import contextlib
 import importlib
 import os
@@ -18,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import vgan
 from vgan import config, schema
-from vgan.help import help_text, usage_line
+from vgan.help import command_list, command_suggestion, help_text, usage_line
 from vgan.runtime.console import ignore_write_errors
 from vgan.runtime.errors import UserError, is_out_of_memory
 from vgan.runtime.renamed import upgrade_override
@@ -100,6 +102,21 @@ data_main = _entry_point("vgan-data")
 demo_main = _entry_point("vgan-demo")
 
 
+def main() -> None:
+    """Run `vgan COMMAND ...`, which is the console script vgan-COMMAND; exit 2 if unknown."""
+    name, *words = sys.argv[1:] or ["--help"]
+    program = f"vgan-{name}"
+    if name in ("--help", "-h"):
+        _show(command_list())
+    elif name == "--version":
+        print(f"vgan {vgan.__version__}")
+    elif program in COMMANDS:
+        sys.argv[1:] = words
+        run(COMMANDS[program])
+    else:
+        _fail("vgan", f"{name}: no such command; {command_suggestion(name)}", 2)
+
+
 def run(command: Command) -> None:
     """Run a command with the words of sys.argv; --help prints its text."""
     sys.argv[0] = command.program
@@ -107,7 +124,7 @@ def run(command: Command) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names can be undecodable
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(command.program, command.schema))
+        _show(help_text(command.program, command.schema))
         return
     if command.program == "vgan-data" and re.fullmatch(r"\w+", "".join(sys.argv[1:2])):
         sys.argv[1] = f"do={sys.argv[1]}"  # vgan-data info ...
@@ -120,7 +137,16 @@ def run(command: Command) -> None:
             stack.enter_context(ignore_write_errors())
         record_interrupts()
         stack.enter_context(_one_line_errors(command))
+        stack.enter_context(_any_help_text())
         hydra.main(str(schema.CONFIG_DIR), command.config_name, version_base="1.3")(command)()
+
+
+def _show(text: str) -> None:
+    """Print a text to a reader that may stop early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
 
 
 def compose(program: str, overrides: Sequence[str]) -> Any:
@@ -225,6 +251,24 @@ def _one_line_errors(command: Command) -> Iterator[None]:
     except Stopped as e:
         print(f"{program}: {e.text}")
         raise SystemExit(e.code) from None  # an outer _one_line_errors prints nothing more
+
+
+@contextlib.contextmanager
+def _any_help_text() -> Iterator[None]:
+    """Let argparse accept help texts that are no strings, as Hydra 1.3 has one.
+
+    Python 3.14 looks at them when an option is added, which ends every command in an error
+    (https://github.com/facebookresearch/hydra/issues/3121).
+    """
+    parser: Any = argparse.ArgumentParser
+    if not hasattr(parser, "_check_help"):  # Python 3.13 and earlier
+        yield
+        return
+    check, parser._check_help = parser._check_help, lambda self, action: None
+    try:
+        yield
+    finally:
+        parser._check_help = check
 
 
 def _raised_by_hydra(e: BaseException) -> bool:

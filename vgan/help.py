@@ -69,6 +69,27 @@ _FOREIGN |= {"resolution": "data.resolution", "path": "data.path", "outdir": "ru
 _FOREIGN |= {"lr": "optim.lr_G.start", "workers": "threads", "gpus": "device", "network": "ckpt"}
 
 
+def command_list() -> str:
+    """Return the text of `vgan --help`: a line for each command."""
+    lines = ["vgan: train GANs and draw with them.", "", "Commands (vgan COMMAND KEY=VALUE ...):"]
+    for intro in INTROS.values():
+        program, _, purpose = intro.partition("\n")[0].partition(": ")
+        lines.append(f"  {program.removeprefix('vgan-'):<8} {purpose.rstrip('.')}")
+    lines += ["", "vgan COMMAND --help lists the keys of a command, vgan --version the version."]
+    lines.append("vgan-train and vgan train are the same command, and so are the others.")
+    return "\n".join(lines)
+
+
+def command_suggestion(name: str) -> str:
+    """Return what to write instead of a command that does not exist."""
+    names = [program.removeprefix("vgan-") for program in INTROS]
+    if "=" in name:  # a key without a command
+        return f"did you mean vgan train {name}?"
+    if close := difflib.get_close_matches(name.removeprefix("vgan-"), names, 1):
+        return f"did you mean vgan {close[0]}?"
+    return f"use one of {', '.join(names)}"
+
+
 def help_text(program: str, schema: type) -> str:
     """Return the text of --help: the groups with their options, then every key."""
     lines = [INTROS[program], ""]
