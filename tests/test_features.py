@@ -1,4 +1,5 @@
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vgan.evaluation.features import (
     sha256,
 )
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 
 
 @pytest.fixture
@@ -155,9 +157,8 @@ def test_inception_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_inception_without_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(
-        UserError, match=r"needs torch-fidelity; pip install vgan\[eval\], or use features=learned"
-    ):
+    fix = re.escape(install_extra("eval"))
+    with pytest.raises(UserError, match=f"needs torch-fidelity; {fix}, or use features=learned"):
         Inception()
 
 

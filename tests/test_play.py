@@ -30,6 +30,7 @@ from vgan.inference.latents import draw, latents, lerp, slerp
 from vgan.inference.load import restore_generator
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -600,4 +601,4 @@ def test_demo_errors_are_one_line(run: Cli, ckpt: Path, monkeypatch: pytest.Monk
     )
     assert "ckpt=nowhere: no such file" in message(*run(cli.demo_main, "ckpt=nowhere", "port=0"))
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
-    assert "pip install vgan[demo]" in message(*run(cli.demo_main, f"ckpt='{ckpt}'", "port=0"))
+    assert install_extra("demo") in message(*run(cli.demo_main, f"ckpt='{ckpt}'", "port=0"))

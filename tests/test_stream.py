@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from vgan.data.source import BadImage, Dataset
 from vgan.data.webdataset import ShardLoader, Shards
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 from vgan.runtime.signals import RESTART, Stopped
 
 CPU = torch.device("cpu")
@@ -678,7 +680,7 @@ def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("aiohttp", "s3fs"):
         monkeypatch.setitem(sys.modules, module, None)
     for url, extra in (("http://localhost/x.tar", "webdataset"), ("s3://x/x.tar", "s3")):
-        with pytest.raises(UserError, match=rf"pip install 'vgan\[{extra}\]'"):
+        with pytest.raises(UserError, match=re.escape(install_extra(extra))):
             Shards(url, 16)
 
 

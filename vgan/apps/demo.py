@@ -22,6 +22,7 @@ from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runtime.device import autocast, pick_device, prepare_process
 from vgan.runtime.errors import UserError, is_out_of_memory
+from vgan.runtime.extras import install_extra
 from vgan.runtime.images import to_uint8
 from vgan.runtime.signals import was_interrupted
 
@@ -44,7 +45,8 @@ def demo(cfg: DemoConfig) -> None:
         import uvicorn
         from starlette import applications  # noqa: F401  (fail before the model is read)
     except ModuleNotFoundError as e:
-        raise UserError("vgan-demo: needs starlette and uvicorn; pip install vgan[demo]") from e
+        fix = install_extra("demo")
+        raise UserError(f"needs starlette and uvicorn; {fix}") from e
     with _listen(cfg.host, cfg.port) as listening:
         device = pick_device(cfg.device)
         precision = drawing_precision(cfg.precision, device)

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 import fsspec
 
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 from vgan.runtime.files import write_atomically
 
 ATTEMPTS = 3  # to read a shard that is damaged or missing
@@ -57,7 +58,8 @@ def expand_urls(urls: str) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ModuleNotFoundError as e:
-        raise UserError("data=webdataset: needs webdataset; pip install 'vgan[webdataset]'") from e
+        fix = install_extra("webdataset")
+        raise UserError(f"data=webdataset: needs webdataset; {fix}") from e
     expanded = [os.path.expanduser(url) for url in expand_urls(urls)]
     for url in expanded:
         protocol = protocol_of(url)
@@ -90,8 +92,8 @@ def file_system(url: str) -> tuple[Any, str]:
         client = {"timeout": timeout, "trust_env": True}  # which has proxies
         return fsspec.core.url_to_fs(url, client_kwargs=client)
     except ImportError as e:
-        extra = EXTRAS.get(protocol, "webdataset")
-        raise UserError(f"data.urls={url}: needs a client; pip install 'vgan[{extra}]'") from e
+        fix = install_extra(EXTRAS.get(protocol, "webdataset"))
+        raise UserError(f"data.urls={url}: needs a client; {fix}") from e
 
 
 def open_shard(url: str) -> io.BufferedReader:

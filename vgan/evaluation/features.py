@@ -25,6 +25,7 @@ from vgan.models.layers import ResidualBlock, init_conv
 from vgan.models.sizes import count_stages
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, first_line
+from vgan.runtime.extras import install_extra
 from vgan.runtime.files import load_cached, save_cached
 from vgan.runtime.images import height_width, to_float, to_rgb
 from vgan.runtime.instantiate import construct
@@ -63,7 +64,7 @@ class Inception(nn.Module):
                 FeatureExtractorInceptionV3,
             )
         except ModuleNotFoundError as e:
-            fix = "pip install vgan[eval], or use features=learned"
+            fix = f"{install_extra('eval')}, or use features=learned"
             raise UserError(f"features=inception: needs torch-fidelity; {fix}") from e
         path = Path(weights).expanduser() if weights else _download(URL_INCEPTION_V3)
         digest = _sha256_of_file(path)[:8]
@@ -146,7 +147,7 @@ class DINOv2(nn.Module):
         try:
             from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
         except ModuleNotFoundError as e:
-            fix = "pip install torch-fidelity, or use features=learned"
+            fix = f"{install_extra('eval')}, or use features=learned"
             raise UserError(f"features=dinov2: needs torch-fidelity 0.4; {fix}") from e
         try:
             self.network = FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])

@@ -20,6 +20,7 @@ from vgan.inference.load import metadata, restore_generator, save_safetensors
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 from vgan.runtime.files import write_atomically
 
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torchscript": ".ts", "pt2": ".pt2"}
@@ -129,7 +130,8 @@ def to_onnx(program: nn.Module, inputs: Inputs, outputs: list[str], information:
         import onnx
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ModuleNotFoundError as e:
-        raise UserError("to=onnx: needs onnx and onnxscript; pip install vgan[export]") from e
+        fix = install_extra("export")
+        raise UserError(f"to=onnx and to=html: need onnx and onnxscript; {fix}") from e
     try:
         with _quiet(), torch.no_grad():
             exported = torch.onnx.export(
@@ -164,8 +166,10 @@ def onnx_run(content: bytes) -> Runner:
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
-        fix = "pip install vgan[export]"
-        raise UserError(f"to=onnx: needs onnxruntime, to compare the images; {fix}") from e
+        fix = install_extra("export")
+        raise UserError(
+            f"to=onnx and to=html: need onnxruntime, to compare the images; {fix}"
+        ) from e
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> np.ndarray:

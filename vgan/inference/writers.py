@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vgan.runtime.console import progress_bar
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 from vgan.runtime.files import PngWriter, atomic_path, png_bytes, write_atomically, write_png
 from vgan.runtime.images import enlarge, grid, on_white, to_straight_alpha
 
@@ -105,7 +106,7 @@ def require_film_writer(out: Path) -> None:
         try:
             import av  # noqa: F401
         except ModuleNotFoundError as e:
-            fix = "pip install vgan[video], or give a name ending in .webp or .gif"
+            fix = f"{install_extra('video')}, or give a name ending in .webp or .gif"
             raise UserError(f"out={out}: mp4 needs PyAV; {fix}") from e
 
 
