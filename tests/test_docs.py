@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import re
 import runpy
 import shlex
@@ -29,6 +30,7 @@ PAGES = {
     if path.name != "CHANGELOG.md"
 }
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+NOTEBOOK = "notebooks/train.ipynb"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+")
 FILES = re.compile(r"# ([\w/]+\.(?:py|yaml))\n")  # the first line of a block that is a file
@@ -48,18 +50,25 @@ def lines_of(text: str) -> list[str]:
 
 def mentioned(text: str) -> list[str]:
     """Return commands within sentences, which may leave out mandatory keys."""
-    return re.findall(r"`((?:uv run )?vgan-\w+ [^`]+)`", re.sub(r"\s+", " ", prose(text)))
+    text = re.sub(r"\s+", " ", prose(text))
+    return re.findall(r"`((?:uv run |uvx [^`]*)?vgan[- ]\w+ [^`]+)`", text)
 
 
 def without_prefix(words: list[str]) -> list[str]:
-    """Return a command without variables and uv run before it."""
+    """Return a command without variables, uv run and containers; vgan train is vgan-train."""
     while words:
         if re.fullmatch(r"[A-Z]+=.*", words[0]):
             words = words[1:]
-        elif words[:2] == ["uv", "run"] or words[0] == "--with":
+        elif words[:2] == ["uv", "run"] or words[0] in ("--with", "--from"):
             words = words[2:]
+        elif words[0] == "uvx":
+            words = words[1:]
+        elif words[:2] == ["docker", "run"]:
+            words = words[words.index("vgan") :]
         else:
             break
+    if words[:1] == ["vgan"] and words[1:] and not words[1].startswith("--"):
+        words = [f"vgan-{words[1]}", *words[2:]]
     return words
 
 
@@ -79,6 +88,14 @@ def section(title: str) -> list[list[str]]:
     """Return the commands of a section of README.md."""
     _, _, after = TEXTS["README.md"].partition(f"\n## {title}\n")
     return commands_in(lines_of("\n" + after.partition("\n## ")[0]))
+
+
+def notebook_cells() -> list[str]:
+    """Return the code cells of the notebook, without output in any of them."""
+    content = json.loads((ROOT / NOTEBOOK).read_text(encoding="utf-8"))
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    return ["".join(cell["source"]) for cell in cells]
 
 
 COMMANDS = [
@@ -148,6 +165,7 @@ def test_every_command_is_accepted(page: str, workshop: Path) -> None:
 
 @functools.cache  # pages share commands
 def check_command(words: tuple[str, ...], whole: bool, workshop: Path) -> None:
+    """Fail unless a command composes and its values are allowed; whole: it may lack no key."""
     program, overrides = overrides_of(list(words))
     old = [word for word in overrides if upgrade_override(word) != word]
     assert not old, f"{old}: renamed"
@@ -158,6 +176,24 @@ def check_command(words: tuple[str, ...], whole: bool, workshop: Path) -> None:
         for key in missing:
             OmegaConf.update(cfg, key, "x")
         validate(schema.typed(cfg))
+
+
+def test_the_commands_of_the_notebook_are_accepted(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VGAN_SETTINGS", raising=False)
+    cells = notebook_cells()
+    names = exec_snippet(cells[0])  # the settings
+    assert names["run_dir"] == Path("outputs/mine")
+    lines = "\n".join(cells).splitlines()
+    shell = [line[1:].format(**names) for line in lines if line.startswith("!")]
+    commands = commands_in(shell)
+    assert len(commands) == len(shell) > 3
+    cli.register_schemas()
+    with initialize_config_dir(str(schema.CONFIG_DIR), version_base="1.3"):
+        for words in commands:
+            check_command(tuple(words), True, workshop)
+    compile("\n".join(line for line in lines if line[:1] not in "!%"), NOTEBOOK, "exec")
 
 
 def test_the_pages_show_every_command() -> None:

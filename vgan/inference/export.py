@@ -166,10 +166,8 @@ def onnx_run(content: bytes) -> Runner:
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
-        fix = install_extra("export")
-        raise UserError(
-            f"to=onnx and to=html: need onnxruntime, to compare the images; {fix}"
-        ) from e
+        rule = "need onnxruntime, to compare the images"
+        raise UserError(f"to=onnx and to=html: {rule}; {install_extra('export')}") from e
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> np.ndarray:
