@@ -101,7 +101,7 @@ def test_results_of_two_protocols_are_kept_apart() -> None:
         Result({"fid": 2.0}, {"reals": "a", "fakes": "100"}),
         Result({"fid": 1.0}, {"reals": "a", "fakes": "200"}),
     )
-    text = table([Path("r/a.pt"), Path("r/b.pt"), Path("r/c.pt")], [a, b, a])
+    text = table(["r/a.pt", "r/b.pt", "r/c.pt"], [a, b, a])
     first, second = text.split("NOT comparable")
     assert "r/a.pt   fid 2.000" in first
     assert "r/c.pt" in first

@@ -126,7 +126,7 @@ def test_safetensors_are_read_and_hold_what_makes_the_network(ckpt: Path, tmp_pa
         (tmp_path / f"{i}.safetensors").write_bytes(bad)
         with pytest.raises(UserError, match=r"intact|own classes only"):
             load_generator(tmp_path / f"{i}.safetensors", device="cpu")
-    with pytest.raises(UserError, match=r"cannot be read|not a generator"):
+    with pytest.raises(UserError, match="no such file or folder"):
         load_generator(tmp_path / "none.safetensors", device="cpu")
 
 

@@ -76,7 +76,7 @@ def backend(ckpt: Path) -> PageBackend:
 
 def info_of(backend: PageBackend, ckpt: Path) -> PageInfo:
     state = checkpoint.load(ckpt)
-    return page_info(backend.G, ckpt, state, backend.attention, batch=8)
+    return page_info(backend.G, ckpt.parent.name, state, backend.attention, batch=8)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Command:
             extra: tuple[Any, ...] = ()
             if self.program == "vgan-train" and HydraConfig.get().mode == RunMode.MULTIRUN:
                 cfg.run_dir = f"{cfg.run_dir}/{_sweep_name(HydraConfig.get().overrides.task)}"
-            elif self.program == "vgan-report":
+            elif self.program in ("vgan-report", "vgan-export"):
                 extra = (compose_train,)
             elif self.program == "vgan-doctor":
                 words = [word for word in sys.argv[1:] if word.startswith("--config-dir=")]
@@ -69,7 +69,7 @@ COMMANDS = {
         Command("vgan-train", config.TrainConfig, "train", "vgan.training.train:train"),
         Command("vgan-sample", config.SampleConfig, "sample", "vgan.inference.sample:sample"),
         Command("vgan-eval", config.EvalConfig, "eval", "vgan.evaluation.evaluate:evaluate"),
-        Command("vgan-export", config.ExportConfig, "export", "vgan.apps.static_page:export"),
+        Command("vgan-export", config.ExportConfig, "export", "vgan.apps.hub_export:export"),
         Command("vgan-report", config.ReportConfig, "report", "vgan.apps.report:report"),
         Command("vgan-doctor", config.TrainConfig, "train", "vgan.apps.doctor:doctor"),
         Command("vgan-data", config.DataConfig, "data", "vgan.apps.datasets:data"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from vgan.runtime.hub import REPO
 from vgan.schema import (
     Ramp,
     Rule,
@@ -30,7 +31,7 @@ WIDTHS = Rule(
 )
 _DEVICE = "auto, cpu, cuda, cuda:1 or mps; auto is the first accelerator found"
 _PRECISION = "auto, fp32, tf32, bf16 or fp16; auto is bf16 where the GPU is fast at it, else fp32"
-_CKPT = "checkpoint file, or run folder (its newest checkpoint)"
+_CKPT = "checkpoint file, run folder (its newest checkpoint), export, or hf://USER/MODEL"
 _METRICS = "list of fid, kid, is, pr (precision and recall), diversity, classes, copies"
 
 
@@ -133,7 +134,7 @@ class TrainConfig:
         "folder of the run: config, statistics, grids, checkpoints; an existing run is resumed"
     )
     seed: int = key("seed of every random number of the run", at_least(0))
-    init: str | None = key(f"model to start from, of no higher resolution: {_CKPT}, or an export")
+    init: str | None = key(f"model to start from, of no higher resolution: {_CKPT}")
     freeze_d: int = key("stages of D, from the pixels on, that keep their weights", at_least(0))
     device: str = key(_DEVICE)
     precision: str = key(_PRECISION, PRECISION)
@@ -244,7 +245,7 @@ class SampleConfig:
 class EvalConfig:
     """Keys of vgan-eval."""
 
-    ckpt: Any = key(f"{_CKPT}, or several: [a,b]")
+    ckpt: Any = key(f"{_CKPT}; or several: [a,b]")
     metrics: list[str] = key(_METRICS, METRICS)
     n: int = key("number of generated images; a published FID needs 50,000", at_least(20))
     repeats: int = key(
@@ -270,17 +271,31 @@ class ExportConfig:
     ckpt: str = key(_CKPT)
     to: str = key(
         "onnx, safetensors (weights), pt2 (torch.export), torchscript, html (a page that runs the "
-        "model in the browser) or checkpoint (the newest format, for training)",
-        one_of("onnx", "safetensors", "pt2", "torchscript", "html", "checkpoint"),
+        "model in the browser), hub (upload to the Hugging Face Hub) or checkpoint (the newest "
+        "format, for training)",
+        one_of("onnx", "safetensors", "pt2", "torchscript", "html", "hub", "checkpoint"),
     )
-    out: str | None = key("output file, or folder for to=html; null: named after the checkpoint")
+    out: str | None = key(
+        "output file, or folder for to=html; null: named after the checkpoint. to=hub: folder that "
+        "gets the files of the repo, without an upload; null: upload"
+    )
+    repo: str | None = key(
+        "to=hub: repo on the Hugging Face Hub, USER/MODEL; created if it does not exist",
+        Rule(
+            "must be USER/MODEL, of letters, digits, -, _ and .", lambda v: bool(REPO.fullmatch(v))
+        ),
+    )
+    private: bool = key(
+        "to=hub: whether a new repo is private; false: the Hub's default, which is public unless "
+        "an organization has set another"
+    )
     input: str = key(
         "z (latents and one-hot c) or numbers (indices in vgan-sample's series, and labels; "
         "torchscript on CPUs only)",
         one_of("z", "numbers"),
     )
-    seed: int = key("input=numbers and to=html: seed of the series", at_least(0))
-    license: str | None = key("license of the weights, written into the file")
+    seed: int = key("input=numbers, to=html and to=hub: seed of the series", at_least(0))
+    license: str | None = key("license of the weights, such as CC-BY-4.0, written into the file")
     runtime: str | None = key(
         "to=html: folder dist of the npm package onnxruntime-web; null: downloaded by npm"
     )

@@ -27,7 +27,8 @@ Run the same command again to resume.""",
   vgan-sample ckpt=outputs/mine seeds=[0-15,40] label=[cat,dog] truncation=0.7
   vgan-sample ckpt=outputs/mine motion=interpolate seeds=[3,7,9] out=way.gif
   vgan-sample ckpt=outputs/mine motion=walk tiles=16 out=walk.mp4
-  vgan-sample ckpt=outputs/mine show=attention out=attention.png""",
+  vgan-sample ckpt=outputs/mine show=attention out=attention.png
+  vgan-sample ckpt=hf://user/mine                       a model on the Hugging Face Hub""",
     "vgan-eval": """vgan-eval: measure FID, KID and other metrics, and print the protocol.
 
   vgan-eval ckpt=outputs/mine metrics=[fid,kid,is,pr]
@@ -38,7 +39,8 @@ Run the same command again to resume.""",
   vgan-export ckpt=outputs/mine to=onnx out=mine.onnx               for onnxruntime
   vgan-export ckpt=outputs/mine to=onnx input=numbers               draws z itself, from a seed
   vgan-export ckpt=outputs/mine to=safetensors license=CC-BY-4.0    for load_generator
-  vgan-export ckpt=outputs/mine to=html out=page/                   runs in the browser""",
+  vgan-export ckpt=outputs/mine to=html out=page/                   runs in the browser
+  vgan-export ckpt=outputs/mine to=hub repo=user/mine license=MIT   on the Hugging Face Hub""",
     "vgan-report": """vgan-report: write a report on one or several runs as one HTML file.
 
   vgan-report run=outputs/mine                         writes outputs/mine/report.html

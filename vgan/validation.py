@@ -3,7 +3,13 @@
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
-from vgan.config import DataConfig, PeriodicEvaluationConfig, SampleConfig, TrainConfig
+from vgan.config import (
+    DataConfig,
+    ExportConfig,
+    PeriodicEvaluationConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from vgan.schema import Ramp, require
 
 
@@ -17,6 +23,8 @@ def validate(cfg: Any) -> None:
         _check_train(cfg)
     elif isinstance(cfg, SampleConfig):
         _check_sample(cfg)
+    elif isinstance(cfg, ExportConfig):
+        _check_export(cfg)
     elif isinstance(cfg, DataConfig):
         written = cfg.sheet is None or cfg.do != "pack"
         require(written, "sheet", cfg.sheet, "needs do=info or do=check")
@@ -64,6 +72,13 @@ def _check_best_by(cfg: PeriodicEvaluationConfig) -> None:
     metric = "pr" if cfg.best_by in ("precision", "recall") else cfg.best_by
     measured = metric in cfg.metrics
     require(measured, "eval.best_by", cfg.best_by, f"needs {metric} in eval.metrics={cfg.metrics}")
+
+
+def _check_export(cfg: ExportConfig) -> None:
+    to_hub = cfg.to == "hub"
+    require(not to_hub or cfg.repo is not None, "repo", "null", "to=hub needs repo=USER/MODEL")
+    require(to_hub or cfg.repo is None, "repo", cfg.repo, "goes with to=hub")
+    require(to_hub or not cfg.private, "private", "true", "goes with to=hub")
 
 
 def _check_sample(cfg: SampleConfig) -> None:

@@ -17,9 +17,8 @@ from vgan.apps.page import PageInfo, page_info, render_page
 from vgan.config import DemoConfig
 from vgan.inference.attention_maps import finest_attention
 from vgan.inference.latents import FromLatent, latents, render
-from vgan.inference.load import drawing_precision, restore_generator
+from vgan.inference.load import drawing_precision, load_model, restore_generator
 from vgan.models.generator import GeneratorBase
-from vgan.runs import checkpoint
 from vgan.runtime.device import autocast, pick_device, prepare_process
 from vgan.runtime.errors import UserError, is_out_of_memory
 from vgan.runtime.extras import install_extra
@@ -51,9 +50,9 @@ def demo(cfg: DemoConfig) -> None:
         device = pick_device(cfg.device)
         precision = drawing_precision(cfg.precision, device)
         prepare_process(device, precision, threads=0)
-        path, state = checkpoint.load_newest(cfg.ckpt)
+        title, path, state = load_model(cfg.ckpt)
         backend = PageBackend(restore_generator(state, device), cfg.seed, precision)
-        info = page_info(backend.G, path, state, backend.attention, cfg.batch_size)
+        info = page_info(backend.G, title, state, backend.attention, cfg.batch_size)
         app = application(backend, info, local=cfg.host in _LOOPBACK)
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -32,32 +32,34 @@ def _protocol(
         fields[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     newest = [records[-1:] for records in runs]
     shown = runs if len(logs) == 1 else newest
-    metrics = _measured(shown)
+    metrics = measured(shown)
     rows = []
     for run, records in enumerate(shown):
         for record in records:
-            cells = [_cell(record, name) for name in metrics]
+            cells = [format_cell(record, name) for name in metrics]
             rows.append({"run": run, "kimg": record["cur_nimg"] / 1000, "cells": cells})
     return {
         "fields": fields,
-        "head": [_heading(name) for name in metrics],
+        "head": [heading(name) for name in metrics],
         "rows": rows,
         "missing": [log.name for log, records in zip(logs, runs) if not records],
         "charts": _metric_charts(logs, runs),
     }
 
 
-def _measured(runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+def measured(runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """Return the names of the metrics in the records of runs, in the order to show them."""
     records = [record for records in runs for record in records]
     return [name for name in SHOWN if any(number(r, name) is not None for r in records)]
 
 
-def _heading(name: str) -> str:
+def heading(name: str) -> str:
+    """Return the head of a metric's column; an arrow tells which direction is better."""
     arrow = {True: " ↓", False: " ↑", None: ""}[SMALLER_IS_BETTER.get(name)]
     return name.replace("_", " ") + arrow
 
 
-def _cell(record: dict[str, Any], name: str) -> tuple[str, str | None]:
+def format_cell(record: dict[str, Any], name: str) -> tuple[str, str | None]:
     """Return a metric and its spread as text."""
     value, spread = number(record, name), number(record, f"{name}_ci")
     if spread is None:
@@ -72,7 +74,7 @@ def _metric_charts(
 ) -> list[Markup]:
     """Return a chart for each metric that changed. The newest of several values at one x counts."""
     figures = []
-    for name in _measured(runs):
+    for name in measured(runs):
         title = name.replace("_", " ")
         curves = []
         for i, records in enumerate(runs):

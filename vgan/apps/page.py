@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -41,16 +40,16 @@ class PageInfo:
 
 def page_info(
     G: GeneratorBase,
-    path: Path,
+    title: str,
     state: Mapping[str, Any],
     attention: tuple[int, int, int] | None,
     batch: int,
     license: str | None = None,
 ) -> PageInfo:
-    """Return the PageInfo of a generator from the checkpoint `state` at `path`."""
+    """Return the PageInfo of a generator from the `state` of its model."""
     height, width = height_width(G.img_resolution)
     return PageInfo(
-        title=path.resolve().parent.name or path.stem,
+        title=title,
         nimg=int(state["cur_nimg"]),
         height=height,
         width=width,

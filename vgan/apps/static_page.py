@@ -8,7 +8,6 @@ runtime are therefore scripts too, which contain gzipped base64.
 import base64
 import gzip
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -21,10 +20,9 @@ from vgan.apps.page import PageInfo, page_info, render_page
 from vgan.config import ExportConfig
 from vgan.data.packed import default_cache_dir
 from vgan.inference import export as files
-from vgan.inference.load import restore_generator
-from vgan.runs import checkpoint
+from vgan.inference.load import find_model, load_model, restore_generator
 from vgan.runtime.errors import UserError
-from vgan.runtime.files import write_atomically
+from vgan.runtime.files import check_folder, write_atomically, write_folder
 
 RUNTIME = "1.30.0"  # version of onnxruntime-web
 BATCH = 4  # images at once; between two batches the page handles input
@@ -69,16 +67,16 @@ def export(cfg: ExportConfig) -> Path:
     """
     if cfg.to != "html":
         return files.export(cfg)
-    path, state = checkpoint.load_newest(cfg.ckpt)
-    out = Path(cfg.out or path.stem).expanduser()
+    out = Path(cfg.out or find_model(cfg.ckpt).stem).expanduser()
     check_out(out)
     runtime = find_runtime(cfg.runtime, default_cache_dir())
+    title, _, state = load_model(cfg.ckpt)
     G = restore_generator(state, torch.device("cpu"))
     generator, attention = files.generator_onnx(G)
     run = files.onnx_run(generator)
     agreement = files.parity(G, files.FromLatent(G), "z", cfg.seed, run, cfg.to)
     graphs = {"latents": files.latents_onnx(G, cfg.seed), "generator": generator}
-    info = page_info(G, path, state, attention, BATCH, cfg.license)
+    info = page_info(G, title, state, attention, BATCH, cfg.license)
     size = write_page(out, info, graphs, runtime)
     print(f"{out / 'index.html'}  {size / 1e6:,.1f} MB in all, {agreement}")
     return out
@@ -86,12 +84,7 @@ def export(cfg: ExportConfig) -> Path:
 
 def check_out(out: Path) -> None:
     """Raise UserError for a path that cannot be used: only an older page is replaced."""
-    if out.is_dir() and not out.is_symlink():
-        names = {path.name for path in out.iterdir()}
-        if names and not (set(PAGE) <= names <= {*PAGE, LICENSE}):
-            raise UserError(f"out={out}: contains files other than a page's; give a new folder")
-    elif out.exists() or out.is_symlink():
-        raise UserError(f"out={out}: is not a folder; give a new one")
+    check_folder(out, "a page", PAGE, (LICENSE,))
 
 
 def write_page(out: Path, info: PageInfo, graphs: dict[str, bytes], runtime: Path) -> int:
@@ -109,22 +102,7 @@ def write_page(out: Path, info: PageInfo, graphs: dict[str, bytes], runtime: Pat
         "wasm.js": _pack("vganRuntime", {"mjs": module, "wasm": wasm}),
         LICENSE: _MIT.encode(),
     }
-    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        new.mkdir(parents=True)
-        for name, content in contents.items():
-            (new / name).write_bytes(content)
-        if out.exists():  # no system replaces a folder with files in one step
-            os.replace(out, old)
-        os.replace(new, out)
-    except OSError as e:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        fix = "free space or choose another folder"
-        raise UserError(f"out={out}: cannot be written ({e.strerror}); {fix}") from e
-    finally:
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
+    write_folder(out, contents)
     return sum(map(len, contents.values()))
 
 

@@ -1,4 +1,4 @@
-"""HTML pages from the Jinja templates in assets/, and what they embed."""
+"""HTML pages and model cards from the Jinja templates in assets/, and what pages embed."""
 
 import base64
 import hashlib
@@ -7,13 +7,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
 _ENVIRONMENT = Environment(
-    autoescape=True,
+    autoescape=select_autoescape(["html"]),
     loader=FileSystemLoader(_ASSETS),
     lstrip_blocks=True,
     trim_blocks=True,
@@ -32,8 +32,8 @@ class Embedded:
     height: int
 
 
-def render(name: str, **values: object) -> str:
-    """Render a template of assets/. Every value that is not Markup is escaped."""
+def render(name: str, /, **values: object) -> str:
+    """Render a template of assets/. In HTML, every value that is not Markup is escaped."""
     return _ENVIRONMENT.get_template(name).render(values)
 
 

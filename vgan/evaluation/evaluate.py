@@ -1,16 +1,15 @@
 """The command vgan-eval: evaluate checkpoints."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vgan.config import EvalConfig
 from vgan.data.open import build_dataset
 from vgan.data.packed import default_cache_dir
 from vgan.evaluation.evaluator import Result, make_evaluator, shown_values, write_nearest
-from vgan.inference.load import drawing_precision, restore_generator
-from vgan.runs import checkpoint
+from vgan.inference.load import drawing_precision, find_model, load_model, restore_generator
 from vgan.runs.log_writer import append_metrics
+from vgan.runtime import hub
 from vgan.runtime.console import in_lines, report_line
 from vgan.runtime.device import pick_device, prepare_process
 from vgan.runtime.errors import UserError
@@ -18,18 +17,21 @@ from vgan.runtime.instantiate import require_own
 
 
 def evaluate(cfg: EvalConfig) -> list[Result]:
-    """Evaluate checkpoints, print a table and append to the metrics.jsonl of each folder."""
+    """Evaluate checkpoints, print a table and append to the metrics.jsonl of each folder.
+
+    Nothing is written about models of the Hugging Face Hub.
+    """
     device = pick_device(cfg.device)
     precision = drawing_precision(cfg.precision, device)
     prepare_process(device, precision, threads=0)
     names = cfg.ckpt if isinstance(cfg.ckpt, list) else [cfg.ckpt]
     for name in names:
-        checkpoint.find(name)  # report a missing one before the first evaluation
-    paths: list[Path] = []
+        find_model(name)  # report a missing one before the first evaluation
+    shown_names: list[str] = []
     results: list[Result] = []
     evaluator, settings = None, None
     for name in names:
-        path, state = checkpoint.load_newest(name)
+        _, path, state = load_model(name)
         data, features = _data_node(cfg, state), _features_node(cfg, state)
         holdout = state["config"].get("holdout", 0)
         if evaluator is None or settings != (data, features, holdout):
@@ -42,19 +44,25 @@ def evaluate(cfg: EvalConfig) -> list[Result]:
             problem = f"has {label_dim} classes, the data has {dataset.label_dim}"
             raise UserError(f"ckpt={path}: {problem}; use the data of its training")
         result = evaluator(restore_generator(state, device), precision, default_cache_dir())
-        write_nearest(path.with_name(f"nearest-{path.stem}.png"), result)
-        cur_nimg = int(state["cur_nimg"])
-        append_metrics(path.parent, path.name, cur_nimg, result.values, result.protocol)
-        paths.append(path)
+        if hub.is_address(name):
+            shown_names.append(name)
+        else:
+            write_nearest(path.with_name(f"nearest-{path.stem}.png"), result)
+            cur_nimg = int(state["cur_nimg"])
+            append_metrics(path.parent, path.name, cur_nimg, result.values, result.protocol)
+            shown_names.append(f"{path.parent.name}/{path.name}")
         results.append(result)
-    print(table(paths, results))
+    print(table(shown_names, results))
     return results
 
 
 def _data_node(cfg: EvalConfig, state: dict[str, Any]) -> dict[str, Any]:
     """Return the data node of the checkpoint's run, with the changes of the command line."""
     changes = {key: value for key, value in cfg.data.items() if value is not None}
-    node = {**state["config"]["data"], **changes}
+    node = state["config"].get("data")
+    if not isinstance(node, dict):
+        raise UserError("ckpt: does not say which data it was trained on; use an intact file")
+    node = {**node, **changes}
     require_own(node, "data", "vgan.data", "evaluate during the run, with eval_kimg")
     return node
 
@@ -72,18 +80,17 @@ def _features_node(cfg: EvalConfig, state: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def table(paths: Sequence[Path], results: Sequence[Result]) -> str:
+def table(names: Sequence[str], results: Sequence[Result]) -> str:
     """Format results under a heading for each protocol."""
     lines: list[str] = []
-    remaining = list(zip(paths, results))
+    remaining = list(zip(names, results))
     while remaining:
         first = remaining[0][1]
         if lines:
             lines += ["", "NOT comparable with the results above, as the protocol differs:"]
-        for path, result in remaining:
+        for name, result in remaining:
             if result.comparable(first):
-                name = f"{path.parent.name}/{path.name}   "
-                lines.append(in_lines(shown_values(result.values), name))
+                lines.append(in_lines(shown_values(result.values), f"{name}   "))
         lines += [report_line(f"  {key}", str(value)) for key, value in first.protocol.items()]
         remaining = [pair for pair in remaining if not pair[1].comparable(first)]
     return "\n".join(lines)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from vgan.config import ExportConfig
 from vgan.inference.attention_maps import finest_attention
 from vgan.inference.latents import FromLatent, FromNumbers, Latents, latents
-from vgan.inference.load import metadata, restore_generator, save_safetensors
+from vgan.inference.load import (
+    find_model,
+    load_model,
+    metadata,
+    restore_generator,
+    save_safetensors,
+)
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
@@ -38,14 +44,17 @@ def export(cfg: ExportConfig) -> Path:
 
     The output is compared with torch's before it is written. Raises UserError if it differs.
     """
-    path = checkpoint.find(cfg.ckpt)
+    path = find_model(cfg.ckpt)
     out = _check_out(cfg, path)
     if cfg.to == "checkpoint":
+        if not checkpoint.is_checkpoint(path):
+            problem = "an exported generator has no discriminator and no optimizers"
+            raise UserError(f"to=checkpoint: {problem}; give ckpt=CHECKPOINT")
         out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.convert(path, out)
         print(f"{out}  {out.stat().st_size / 1e6:,.1f} MB, checkpoint format {checkpoint.FORMAT}")
         return out
-    path, state = checkpoint.load_newest(cfg.ckpt)
+    _, path, state = load_model(cfg.ckpt)
     G = restore_generator(state, torch.device("cpu"))
     information = metadata(path, state, cfg.license)
     if cfg.to == "safetensors":

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +16,48 @@ from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.runs import checkpoint
 from vgan.runs.log_reader import read_metrics
+from vgan.runtime import hub
 from vgan.runtime.device import pick_device, pick_precision
 from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.instantiate import construct_own
 from vgan.runtime.renamed import upgrade_config
+
+NOT_STATED = "not stated"  # the license of a model without one
+_FORMAT = "vgan generator"
+
+
+class Model(NamedTuple):
+    """The state of a model, which has no discriminator if it was exported, and its origin.
+
+    title: the name of the run folder, of the exported file, or USER/MODEL on the Hub.
+    """
+
+    title: str
+    path: Path
+    state: dict[str, Any]
+
+
+def find_model(ckpt: str | Path) -> Path:
+    """Return the file that `load_model` would read, downloaded if it is on the Hub.
+
+    Raises UserError if there is none.
+    """
+    return hub.download(str(ckpt)) if hub.is_address(ckpt) else checkpoint.find(ckpt)
+
+
+def load_model(ckpt: str | Path) -> Model:
+    """Read a checkpoint file, a run folder's newest readable checkpoint, or an exported generator.
+
+    hf://USER/MODEL names a model on the Hugging Face Hub. Raises UserError if it cannot be read.
+    """
+    path = find_model(ckpt)
+    on_hub = hub.is_address(ckpt)
+    if checkpoint.is_checkpoint(path):
+        path, state = checkpoint.load_newest(path if on_hub else ckpt)
+        title = path.resolve().parent.name or path.stem
+    else:
+        state, title = read_safetensors(path), path.stem
+    return Model(hub.parse_address(str(ckpt)).repo if on_hub else title, path, state)
 
 
 def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
@@ -28,26 +66,22 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
     G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N,
     img_channels, H, W) float32, black to white in [-1, 1]; colours of RGBA are multiplied by alpha.
     G.img_resolution is the side of a square or (H, W). G is in evaluation mode and its weights have
-    no gradients. G.label_names names the classes. Files
-    written by vgan-export to=safetensors can be read too.
+    no gradients. G.label_names names the classes. Files written by vgan-export to=safetensors can
+    be read too, and models of the Hugging Face Hub as hf://USER/MODEL, hf://USER/MODEL@REVISION or
+    hf://USER/MODEL/FILE.safetensors.
 
     Raises UserError if there is no readable checkpoint.
     """
-    path = Path(ckpt).expanduser()
-    if not path.is_dir() and not checkpoint.is_checkpoint(path):
-        state = read_safetensors(path)
-    else:
-        state = checkpoint.load_newest(ckpt)[1]
-    return restore_generator(state, pick_device(device))
+    return restore_generator(load_model(ckpt).state, pick_device(device))
 
 
 def load_discriminator(ckpt: str | Path, device: str = "auto") -> DiscriminatorBase:
     """Return the discriminator of a checkpoint or of a run folder's newest checkpoint.
 
     D(x (N, C, H, W) in [-1, 1], c (N, label_dim) one-hot) -> logits (N, 1, h, w). Raises UserError
-    if there is no readable checkpoint.
+    if there is no readable checkpoint, and for an exported generator, which has none.
     """
-    return restore_discriminator(checkpoint.load_newest(ckpt)[1], pick_device(device))
+    return restore_discriminator(load_model(ckpt).state, pick_device(device))
 
 
 def restore_generator(state: Mapping[str, Any], device: torch.device) -> GeneratorBase:
@@ -62,6 +96,8 @@ def restore_generator(state: Mapping[str, Any], device: torch.device) -> Generat
 
 def restore_discriminator(state: Mapping[str, Any], device: torch.device) -> DiscriminatorBase:
     """Build the discriminator of a checkpoint's state. Nothing in the state is trusted."""
+    if "D" not in state:
+        raise UserError("ckpt: an exported generator has no discriminator; use a checkpoint")
     D: DiscriminatorBase = _restore(state, "discriminator", "D")
     return D.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -94,13 +130,16 @@ def _check_sizes(node: Mapping[str, Any], weights: int) -> None:
 
 
 def metadata(path: Path, state: Mapping[str, Any], license: str | None) -> dict[str, str]:
-    """Return what describes the weights, as text: the network, its origin and its last metrics."""
+    """Return what describes the weights, as text: the network, its origin and its last metrics.
+
+    An exported generator keeps the license and the metrics that it has.
+    """
     config, sizes, data = state["config"], state["sizes"], state["data"]
     colours = CHANNELS[sizes["img_channels"]]
     if colours == "RGBA":
         colours = "RGBA, multiplied by alpha"
     information = {
-        "format": "vgan generator",
+        "format": _FORMAT,
         "vgan": vgan.__version__,
         "model": json.dumps(config["model"]["generator"]),
         "sizes": json.dumps(sizes),
@@ -109,8 +148,11 @@ def metadata(path: Path, state: Mapping[str, Any], license: str | None) -> dict[
         "images_seen": str(state["cur_nimg"]),
         "range": f"images in [-1, 1], black to white, {colours}; z ~ N(0, I)",
         "config": json.dumps(config),
-        "license": license or "not stated",
+        "license": NOT_STATED,
     }
+    information |= state.get("export", {})
+    if license:
+        information["license"] = license
     for line in read_metrics(path.parent):
         if line.get("cur_nimg") == state["cur_nimg"]:
             information["metrics"] = json.dumps(line)  # the last one is kept
@@ -132,18 +174,32 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        model, sizes, labels = (json.loads(metadata[key]) for key in ("model", "sizes", "labels"))
+        state = _parse_metadata(metadata)
     except (SafetensorError, ValueError, LookupError, RecursionError) as e:
         problem = f"not a generator that vgan-export wrote ({e})"
         raise UserError(f"{path}: {problem}; use an intact file") from e
     except OSError as e:
         reason = e.strerror or e
         raise UserError(f"{path}: cannot be read ({reason}); check name and permissions") from e
+    return {**state, "G_ema": weights}
+
+
+def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `metadata` was given. Raises ValueError or LookupError for other contents."""
+    if metadata.get("format") != _FORMAT:
+        raise ValueError("no metadata of vgan")
+    parsed = {key: json.loads(metadata[key]) for key in ("model", "sizes", "data", "config")}
+    for key, value in parsed.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}={value!r:.20}")
+    config, networks = parsed["config"], parsed["config"].get("model")
+    networks = dict(networks) if isinstance(networks, dict) else {}
     return {
-        "config": upgrade_config({"model": {"generator": model}}),
-        "sizes": sizes,
-        "data": {"labels": labels},
-        "G_ema": weights,
+        "config": upgrade_config({**config, "model": networks | {"generator": parsed["model"]}}),
+        "sizes": parsed["sizes"],
+        "data": parsed["data"] | {"labels": json.loads(metadata["labels"])},
+        "cur_nimg": int(metadata["images_seen"]),
+        "export": {key: metadata[key] for key in ("license", "metrics") if key in metadata},
     }
 
 

@@ -14,10 +14,14 @@ from vgan.config import SampleConfig
 from vgan.inference import attention_maps as maps
 from vgan.inference import writers
 from vgan.inference.latents import Film, draw, interpolate, latents, render, to_host, walk
-from vgan.inference.load import drawing_precision, restore_discriminator, restore_generator
+from vgan.inference.load import (
+    drawing_precision,
+    load_model,
+    restore_discriminator,
+    restore_generator,
+)
 from vgan.inference.writers import FILMS, STILLS
 from vgan.models.generator import GeneratorBase
-from vgan.runs import checkpoint
 from vgan.runtime.device import pick_device, prepare_process
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_png
@@ -34,7 +38,7 @@ def sample(cfg: SampleConfig) -> Path:
     device = pick_device(cfg.device)
     precision = drawing_precision(cfg.precision, device)
     prepare_process(device, precision, threads=0)
-    state = checkpoint.load_newest(cfg.ckpt)[1]
+    state = load_model(cfg.ckpt).state
     G = restore_generator(state, device)
     if cfg.show == "attention":
         written = _write_attention(cfg, G, precision, out)

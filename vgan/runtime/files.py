@@ -6,8 +6,9 @@ import inspect
 import io
 import os
 import pickle
+import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,44 @@ def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
                 os.fsync(f.fileno())
     except OSError as e:
         raise cannot_write(path, e) from e
+
+
+def check_folder(
+    out: Path, what: str, required: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    """Raise UserError unless `write_folder` may write `out`: it is new, empty, or holds `what`.
+
+    That is all the required files, and none but these and the optional ones.
+    """
+    if out.is_dir() and not out.is_symlink():
+        names = {path.name for path in out.iterdir()}
+        if names and not (set(required) <= names <= {*required, *optional}):
+            raise UserError(f"out={out}: contains files other than {what}'s; give a new folder")
+    elif out.exists() or out.is_symlink():
+        raise UserError(f"out={out}: is not a folder; give a new one")
+
+
+def write_folder(out: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder of files completely or not at all; an older one is replaced.
+
+    Raises UserError if it cannot be written.
+    """
+    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        new.mkdir(parents=True)
+        for name, content in contents.items():
+            (new / name).write_bytes(content)
+        if out.exists():  # no system replaces a folder with files in one step
+            os.replace(out, old)
+        os.replace(new, out)
+    except OSError as e:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        fix = "free space or choose another folder"
+        raise UserError(f"out={out}: cannot be written ({e.strerror}); {fix}") from e
+    finally:
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def append_line(path: Path, text: str) -> None:

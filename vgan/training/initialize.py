@@ -6,13 +6,12 @@ px, so that all but the finest fit; class embeddings are taken by the name of th
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vgan.inference.load import read_safetensors
+from vgan.inference.load import load_model
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
 from vgan.models.sizes import coarsest_size
@@ -38,18 +37,17 @@ class Source(NamedTuple):
 
 
 def read_source(init: str) -> Source:
-    """Read a checkpoint, a run folder or an exported safetensors file. Raises UserError."""
-    path = Path(init).expanduser()
+    """Read a checkpoint, a run folder, an exported generator or a model of the Hugging Face Hub.
+
+    Raises UserError.
+    """
     try:
-        if path.is_dir() or checkpoint.is_checkpoint(path):
-            state = checkpoint.load_newest(init)[1]
-        else:
-            state = read_safetensors(path)
+        state = load_model(init).state
         G, D = dict(state["G_ema"]), dict(state.get("D", {}))
         labels = tuple(map(str, state["data"]["labels"]))
         resolution = parse_resolution(state["sizes"]["img_resolution"])
     except UserError as e:
-        raise UserError(f"init={init}: {e}") from e
+        raise UserError(f"init={init}: {str(e).removeprefix(f'ckpt={init}: ')}") from e
     except (LookupError, TypeError, ValueError) as e:
         raise UserError(f"init={init}: holds no networks ({e}); use an intact file") from e
     return Source(init, checkpoint.digest({"G": G, "D": D})[:16], resolution, labels, G, D)
