@@ -1,5 +1,6 @@
 """The model card of a generator on the Hugging Face Hub."""
 
+import contextlib
 import json
 import shlex
 from typing import Any, NamedTuple
@@ -56,7 +57,11 @@ def render_card(
     seed: int,
     compose: Compose,
 ) -> str:
-    """Return the text of README.md. information: the metadata of the safetensors file."""
+    """Return the text of README.md.
+
+    model: its config has no paths of this machine. information: the metadata of the safetensors
+    file.
+    """
     state, name = model.state, repo.partition("/")[2]
     sizes, data = state["sizes"], state["data"]
     license = information["license"]
@@ -113,8 +118,8 @@ def _records(model: Model) -> list[dict[str, Any]]:
     """Return the newest evaluation of these weights by each protocol."""
     cur_nimg = model.state["cur_nimg"]
     records = [r for r in read_metrics(model.path.parent) if r["cur_nimg"] == cur_nimg]
-    if exported := model.state.get("export", {}).get("metrics"):
-        records.append(json.loads(exported))
+    with contextlib.suppress(ValueError, RecursionError):  # an export's metadata may be foreign
+        records.append(json.loads(model.state.get("export", {}).get("metrics", "")))
     found = [r for r in records if isinstance(r, dict) and isinstance(r.get("protocol"), dict)]
     return list({json.dumps(r["protocol"], sort_keys=True): r for r in found}.values())
 

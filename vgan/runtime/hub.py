@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from safetensors import SafetensorError, safe_open
 
@@ -88,7 +88,7 @@ def _foreign(ckpt: str) -> UserError:
 def check_upload(repo: str, private: bool) -> bool:
     """Return whether an upload will create the repo.
 
-    Raises UserError without a login or a network, where the repo holds the model of another
+    Raises UserError without a login or a network, where the repo seems to hold the model of another
     library, and where it is public but `private` is wanted.
     """
     import huggingface_hub as hub
@@ -103,7 +103,8 @@ def check_upload(repo: str, private: bool) -> bool:
             return True
     names = {entry.rfilename for entry in info.siblings or ()}
     if info.library_name != "vgan" and names & {MODEL_FILE, "config.json"}:
-        raise UserError(f"repo={repo}: holds a model of another library; give a new name")
+        rule = "its card does not say library_name: vgan, so that it may be another's model"
+        raise UserError(f"repo={repo}: {rule}; give a new name")
     if private and not info.private:
         rule = "the repo exists and is public"
         raise UserError(f"private=true: {rule}; make it private on {_url(repo)}/settings first")
@@ -141,23 +142,27 @@ def _one_line_errors(given: str, address: Address, left: str = "") -> Iterator[N
 
     left: what an upload leaves behind.
     """
-    from huggingface_hub import errors
-
-    http = getattr(errors, "HTTPError", OSError)  # of httpx, whose errors are no OSErrors
     try:
         yield
     except UserError:
         raise
     # RuntimeError is what hf_xet raises, ValueError stands for a card that the Hub refuses.
-    except (OSError, http, RuntimeError, ValueError) as e:
+    except (OSError, _network_error(), RuntimeError, ValueError) as e:
         raise UserError(f"{given}: {_explain(e, address)}{left}") from e
+
+
+def _network_error() -> type[Exception]:
+    """Return the base class of the errors of httpx, which are no OSErrors."""
+    from huggingface_hub import errors
+
+    return getattr(errors, "HTTPError", OSError)
 
 
 def _explain(e: Exception, address: Address) -> str:
     """Return the problem and its fix."""
     from huggingface_hub import errors
 
-    repo, revision, file = address
+    repo, revision, _ = address
     status = getattr(getattr(e, "response", None), "status_code", None)
     detail = getattr(e, "server_message", None) or first_line(e)
     if isinstance(e, errors.LocalTokenNotFoundError):
@@ -171,7 +176,7 @@ def _explain(e: Exception, address: Address) -> str:
     if isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         return "the Hub cannot be reached, and the file is not in the cache; check the network"
     if isinstance(e, errors.EntryNotFoundError):
-        return f"the model has no {file}; {_other_files(repo, revision)}"
+        return _missing_file(address)
     if status == 401:
         return f"the Hub does not accept the token; {_LOGIN}"
     if status == 403:
@@ -186,16 +191,18 @@ def _explain(e: Exception, address: Address) -> str:
     return f"the Hub cannot be reached ({first_line(e):.200}); check the network"
 
 
-def _other_files(repo: str, revision: str | None) -> str:
-    """Return what to give instead of a file that a repo does not have."""
+def _missing_file(address: Address) -> str:
+    """Return the problem that a repo lacks a file, and which one to give instead."""
     import huggingface_hub as hub
 
+    repo, revision, file = address
     try:
         info = hub.HfApi().model_info(repo, revision=revision)
-    except OSError:
+    except (OSError, _network_error()):
         info = None
     names = sorted(entry.rfilename for entry in (info and info.siblings) or ())
     found = [name for name in names if name.endswith(".safetensors")]
     if not found:
-        return "nor any other .safetensors file; give another model"
-    return f"give one of its files, such as {SCHEME}{repo}/{found[0]}"
+        return f"the repo has no {file} and no other .safetensors file; give a model of vgan"
+    at = f"@{quote(revision, safe='')}" if revision else ""
+    return f"the repo has no {file}; give a file of it, such as {SCHEME}{repo}{at}/{found[0]}"
