@@ -29,8 +29,20 @@ from vgan.runtime.errors import UserError
 from vgan.schema import CONFIG_DIR
 from vgan.training.initialize import read_source
 
-FILES = ["README.md", "config.json", "model.safetensors", "samples.png"]
 PROTOCOLS = {"fid": {"features": "Inception", "seeds": [0, 1]}, "kid": {"features": "learned"}}
+FILES = ["README.md", "config.json", "model.safetensors", "samples.png"]
+
+
+class Pixels:
+    """Features that need no weights."""
+
+    protocol = "images of 2 px"
+
+    def to(self, device: torch.device) -> "Pixels":
+        return self
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1), None
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +156,9 @@ def test_a_folder_takes_the_files_instead(hub: Hub, run_dir: Path, tmp_path: Pat
         export(*words)
 
 
-def test_an_export_keeps_license_and_metrics(hub: Hub, run_dir: Path) -> None:
-    export(f"ckpt='{run_dir}'", "to=hub", "repo=ada/mine", "license=my-own 1.0")
+def test_an_export_keeps_license_and_metrics(uploaded: Hub) -> None:
     export("ckpt=hf://ada/mine", "to=hub", "repo=ada/copy")
-    card = hub.repos["ada/copy"].commits[0]["README.md"].decode()
+    card = uploaded.repos["ada/copy"].commits[0]["README.md"].decode()
     assert front_matter(card)["license"] == "other"
     assert front_matter(card)["license_name"] == "my-own 1.0"
     assert "0.01250" in card
@@ -217,10 +228,18 @@ def test_an_upload_without_a_network(
 # --- download ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def files(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an upload of the run contains."""
+    out = tmp_path_factory.mktemp("hub") / "card"
+    export(f"ckpt='{run_dir}'", "to=hub", "repo=ada/mine", "license=my-own 1.0", f"out='{out}'")
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 @pytest.fixture
-def uploaded(hub: Hub, run_dir: Path) -> Hub:
+def uploaded(hub: Hub, run_dir: Path, files: dict[str, bytes]) -> Hub:
     """A Hub with the export ada/mine, and ada/raw with the same checkpoint under its own name."""
-    export(f"ckpt='{run_dir}'", "to=hub", "repo=ada/mine")
+    hub.repos["ada/mine"] = Repo([files])
     content = next(run_dir.glob("checkpoint-*")).read_bytes()
     hub.repos["ada/raw"] = Repo([{"checkpoint-000000040.safetensors": content}])
     return hub
@@ -241,13 +260,13 @@ def test_addresses_of_revisions_and_files(uploaded: Hub) -> None:
 def test_every_command_takes_an_address(
     uploaded: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ("device=cpu", "batch_size=20", "n=20", "metrics=[fid]", "features=learned")
+    small = ("device=cpu", "batch_size=20", "n=20", "metrics=[fid]")
     address = "hf://ada/mine"
-    evaluate(command("vgan-eval", f"ckpt={address}", *small, "features.train_kimg=0.04"))
+    evaluate(command("vgan-eval", f"ckpt={address}", *small, "features._target_=test_hub.Pixels"))
     assert "hf://ada/mine   fid" in capsys.readouterr().out
     assert not list(tmp_path.rglob("metrics.jsonl"))
     assert not list(tmp_path.rglob("nearest-*"))
-    assert export(f"ckpt={address}", "to=torchscript") == Path("model.ts")
+    assert export(f"ckpt={address}", "to=safetensors", "out=g.safetensors") == Path("g.safetensors")
     assert read_source(address).resolution == 16
     with pytest.raises(UserError, match="to=checkpoint: an exported generator has no disc"):
         export(f"ckpt={address}", "to=checkpoint")

@@ -51,7 +51,7 @@ def export(cfg: ExportConfig, compose: Compose) -> Path | str:
 
 
 def build_files(model: Model, cfg: ExportConfig, compose: Compose) -> dict[str, bytes]:
-    """Return the files of a repo by name. They do not tell the folders of this machine."""
+    """Return the files of a repo by name, in which paths of this machine are their last part."""
     state = {**model.state, "config": shorten_paths(model.state["config"])}
     G = restore_generator(state, torch.device("cpu"))
     information = metadata(model.path, state, cfg.license)
