@@ -1,5 +1,6 @@
 """Models to and from the Hugging Face Hub, which a server in this process stands in for."""
 
+import errno
 import json
 import os
 import re
@@ -325,6 +326,17 @@ def test_a_foreign_file_in_the_cache_is_refused(uploaded: Hub) -> None:
     path = vgan_hub.download("hf://ada/mine")
     path.resolve().write_bytes(save({"w": torch.zeros(10)}))
     with pytest.raises(UserError, match=r"model\.safetensors is not a model of vgan"):
+        load_model("hf://ada/mine")
+
+
+def test_a_full_disk_is_one_line(uploaded: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(
+        UserError, match=r"cache \(No space left on device\); free space, or set HF_"
+    ):
         load_model("hf://ada/mine")
 
 
