@@ -68,6 +68,7 @@ COMMANDS = {
     for command in (
         Command("vgan-train", config.TrainConfig, "train", "vgan.training.train:train"),
         Command("vgan-sample", config.SampleConfig, "sample", "vgan.inference.sample:sample"),
+        Command("vgan-invert", config.InvertConfig, "invert", "vgan.inference.invert:invert"),
         Command("vgan-eval", config.EvalConfig, "eval", "vgan.evaluation.evaluate:evaluate"),
         Command("vgan-export", config.ExportConfig, "export", "vgan.apps.hub_export:export"),
         Command("vgan-report", config.ReportConfig, "report", "vgan.apps.report:report"),
@@ -94,6 +95,7 @@ def _entry_point(program: str) -> Callable[[], None]:
 
 train_main = _entry_point("vgan-train")
 sample_main = _entry_point("vgan-sample")
+invert_main = _entry_point("vgan-invert")
 eval_main = _entry_point("vgan-eval")
 export_main = _entry_point("vgan-export")
 report_main = _entry_point("vgan-report")

@@ -32,6 +32,7 @@ WIDTHS = Rule(
 _DEVICE = "auto, cpu, cuda, cuda:1 or mps; auto is the first accelerator found"
 _PRECISION = "auto, fp32, tf32, bf16 or fp16; auto is bf16 where the GPU is fast at it, else fp32"
 _CKPT = "checkpoint file, run folder (its newest checkpoint), export, or hf://USER/MODEL"
+_FILMS = (".gif", ".webp", ".mp4")
 _METRICS = "list of fid, kid, is, pr (precision and recall), diversity, classes, copies"
 
 
@@ -217,17 +218,29 @@ class SampleConfig:
         ".png: one grid; .npy or .zip: single images; .gif, .webp or .mp4: a film; else a folder "
         "of PNG files"
     )
-    motion: str | None = key(
-        "film: interpolate (between images), classes (one z, all labels) or walk (random)",
-        one_of("interpolate", "classes", "walk"),
+    latent: Any = key(
+        ".npy file of latents, or a list of them, instead of seeds: z of each image in a row, then "
+        "perhaps its one-hot class, as vgan-invert writes them"
     )
+    motion: str | None = key(
+        "film: interpolate (between images), classes (one z, all labels), walk (random) or "
+        "component (back and forth along one direction)",
+        one_of("interpolate", "classes", "walk", "component"),
+    )
+    component: int | None = key(
+        "principal component of the first layer to move along, from 1; null: 1; with "
+        "show=components the first row",
+        above(0),
+    )
+    strength: float = key("components: distance each way, in standard deviations of z", above(0))
     frames: int = key("frames from one image of a film to the next", above(0))
     fps: float = key("frames per second of a film", between(1, 100))
     loop: bool = key("whether a film returns to its first image")
     tiles: int = key("films side by side", above(0))
     show: str = key(
-        "images, attention (maps of the generator) or patches (logits of the discriminator)",
-        one_of("images", "attention", "patches"),
+        "images, attention (maps of the generator), patches (logits of the discriminator) or "
+        "components (an image moved along each)",
+        one_of("images", "attention", "patches", "components"),
     )
     query: list[int] | None = key(
         "show=attention: [row,column] of the query pixel; null: the pixel attention changed most"
@@ -239,6 +252,30 @@ class SampleConfig:
     batch_size: int = key("images per forward pass", above(0))
     device: str = key(_DEVICE)
     precision: str = key(_PRECISION, PRECISION)
+
+
+@dataclass
+class InvertConfig:
+    """Keys of vgan-invert."""
+
+    ckpt: str = key(_CKPT)
+    image: str = key("photo; the largest centred square is used, resized as in training")
+    label: Any = key("class by number or name; null: the one in which the search ends nearest")
+    out: str = key(".npy file of the latent; the photo and the image found are .png beside it")
+    animation: str | None = key(
+        "film of the search, .gif, .webp or .mp4; null: none",
+        Rule("must end in .gif, .webp or .mp4", lambda v: Path(v).suffix.lower() in _FILMS),
+    )
+    fps: float = key("frames per second of the film", between(1, 100))
+    zoom: int | None = key("enlargement; null: at least 256 px an image", above(0))
+    draws: int = key("random images from which the nearest are improved", above(0))
+    starts: int = key("how many of them are improved, in one batch; the best is kept", above(0))
+    steps: int = key("steps of Adam", above(0))
+    lr: float = key("learning rate at the start; it falls to 0 along a cosine", above(0))
+    prior: float = key("weight of keeping the norm of z near sqrt(z_dim), as trained", at_least(0))
+    seed: int = key("seed of the random images", at_least(0))
+    batch_size: int = key("random images per forward pass", above(0))
+    device: str = key(_DEVICE)
 
 
 @dataclass

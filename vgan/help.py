@@ -28,7 +28,16 @@ Run the same command again to resume.""",
   vgan-sample ckpt=outputs/mine motion=interpolate seeds=[3,7,9] out=way.gif
   vgan-sample ckpt=outputs/mine motion=walk tiles=16 out=walk.mp4
   vgan-sample ckpt=outputs/mine show=attention out=attention.png
+  vgan-sample ckpt=outputs/mine show=components out=components.png
+  vgan-sample ckpt=outputs/mine motion=component component=3 out=third.gif
+  vgan-sample ckpt=outputs/mine latent=[a.npy,b.npy] motion=interpolate out=way.gif
   vgan-sample ckpt=hf://user/mine                       a model on the Hugging Face Hub""",
+    "vgan-invert": """vgan-invert: find the latent whose image is nearest to a photo.
+
+  vgan-invert ckpt=outputs/mine image=photo.jpg out=photo.npy     and photo.png to compare
+  vgan-invert ckpt=outputs/mine image=photo.jpg label=cat animation=search.gif
+
+Then vgan-sample ckpt=outputs/mine latent=photo.npy draws from it.""",
     "vgan-eval": """vgan-eval: measure FID, KID and other metrics, and print the protocol.
 
   vgan-eval ckpt=outputs/mine metrics=[fid,kid,is,pr]

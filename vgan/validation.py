@@ -84,6 +84,16 @@ def _check_export(cfg: ExportConfig) -> None:
 def _check_sample(cfg: SampleConfig) -> None:
     images = cfg.show == "images"
     require(images or cfg.motion is None, "show", cfg.show, "goes with motion=null")
+    given = cfg.latent is not None
+    for name in ("n", "seeds"):
+        value = getattr(cfg, name)
+        rule = f"leave it out; latent={cfg.latent} gives the images"
+        require(not given or value is None, name, value, rule)
+    rule = "goes with motion=interpolate, classes or component; a walk starts from seeds"
+    require(not given or cfg.motion != "walk", "latent", cfg.latent, rule)
+    moves = cfg.motion == "component" or cfg.show == "components"
+    rule = "goes with motion=component or show=components"
+    require(moves or cfg.component is None, "component", cfg.component, rule)
     closes = cfg.loop or cfg.motion != "walk"
     rule = "goes with motion=interpolate or classes; a walk always closes"
     require(closes, "loop", cfg.loop, rule)

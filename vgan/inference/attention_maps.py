@@ -150,6 +150,12 @@ def patch_logits_grid(images: Tensor, logits: Tensor) -> np.ndarray:
     return _labelled_grid({"image": tiles, "red: looks fake": _with_signs(images, -scaled)})
 
 
+def image_grid(columns: dict[str, Tensor], rows: Sequence[str]) -> np.ndarray:
+    """Draw columns of uint8 images (N, C, H, W) under their titles, with a title for each row."""
+    tiles = {title: [_tile(image) for image in images] for title, images in columns.items()}
+    return _labelled_grid(tiles, rows)
+
+
 def _tile(image: Tensor) -> np.ndarray:
     """Enlarge uint8 (C, H, W) to (height, width, 3), a whole number of times."""
     pixels = to_rgb(image[None])[0].permute(1, 2, 0).cpu().numpy()
@@ -198,16 +204,20 @@ def _framed(tile: np.ndarray, row: int, column: int, h: int, w: int) -> np.ndarr
     return np.asarray(image)
 
 
-def _labelled_grid(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
-    """Arrange columns of tiles (height, width, 3) under their titles."""
+def _labelled_grid(columns: dict[str, list[np.ndarray]], rows: Sequence[str] = ()) -> np.ndarray:
+    """Arrange columns of tiles (height, width, 3) under their titles, with titles left of rows."""
     tiles = next(iter(columns.values()))
     height, width = tiles[0].shape[:2]
-    size = (len(columns) * (width + _GAP) + _GAP, len(tiles) * (height + _GAP) + _GAP + _TEXT)
-    sheet = Image.new("RGB", size, _BACKGROUND)
+    margin = 2 * _TEXT if rows else 0
+    right, bottom = margin + len(columns) * (width + _GAP), _TEXT + len(tiles) * (height + _GAP)
+    sheet = Image.new("RGB", (right + _GAP, bottom + _GAP), _BACKGROUND)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for x, (title, column) in enumerate(columns.items()):
-        left = _GAP + x * (width + _GAP)
+        left = margin + _GAP + x * (width + _GAP)
         pen.text((left + width / 2, 2), title, fill=_INK, anchor="ma", font=font)
         for y, tile in enumerate(column):
             sheet.paste(Image.fromarray(tile), (left, _TEXT + _GAP + y * (height + _GAP)))
+    for y, title in enumerate(rows):
+        middle = _TEXT + _GAP + y * (height + _GAP) + height / 2
+        pen.text((margin / 2, middle), title, fill=_INK, anchor="mm", font=font)
     return np.asarray(sheet)

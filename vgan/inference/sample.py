@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vgan.config import SampleConfig
 from vgan.inference import attention_maps as maps
-from vgan.inference import writers
+from vgan.inference import directions, writers
+from vgan.inference.latent_files import read_latents
 from vgan.inference.latents import Film, draw, interpolate, latents, render, to_host, walk
 from vgan.inference.load import (
     drawing_precision,
@@ -29,6 +30,7 @@ from vgan.runtime.images import grid, height_width, zoom_for
 
 STOPS = 8  # images that a film passes through by default
 ROWS, MAX_ROWS = 8, 64  # of a grid of attention maps
+STRENGTHS = 7  # columns of an overview of components
 MAX_SEEDS = 10_000_000
 
 
@@ -44,6 +46,8 @@ def sample(cfg: SampleConfig) -> Path:
         written = _write_attention(cfg, G, precision, out)
     elif cfg.show == "patches":
         written = _write_patches(cfg, G, state, precision, out)
+    elif cfg.show == "components":
+        written = _write_components(cfg, G, precision, out)
     elif cfg.motion:
         written = _write_film(cfg, G, precision, out)
     else:
@@ -105,17 +109,19 @@ def _check_out(cfg: SampleConfig) -> Path:
     kind = out.suffix.lower()
     if out.is_dir() and kind not in known:
         kind = ""  # a folder may have a dot in its name
-    shows_maps = cfg.show in ("attention", "patches")
-    allowed = (".png",) if shows_maps else (*known, "")
+    draws_sheet = cfg.show != "images"
+    allowed = (".png",) if draws_sheet else (*known, "")
     if kind not in allowed:
         problem = f"unknown kind {kind}" if kind else "a folder cannot hold this"
         fix = "give a name ending in .png"
-        if not shows_maps:
+        if not draws_sheet:
             fix = f"give a name ending in {', '.join(known)}, or a folder"
         raise UserError(f"out={cfg.out}: {problem}; {fix}")
     if kind in FILMS:
         if cfg.motion is None:
-            raise UserError(f"out={cfg.out}: a film needs motion=interpolate, classes or walk")
+            raise UserError(
+                f"out={cfg.out}: a film needs motion=interpolate, classes, walk or component"
+            )
         writers.require_film_writer(out)
     if kind and out.is_dir():
         raise UserError(f"out={cfg.out}: is a folder; give the name of a file in it")
@@ -126,23 +132,45 @@ def _check_out(cfg: SampleConfig) -> Path:
 
 
 def _selection(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tensor, Tensor]:
-    """Return numbers (N,) and classes (N,) of the images. Several labels are used in order."""
+    """Return numbers (N,) and classes (N,) of the images of the series."""
     if cfg.seeds is None:
         index = torch.arange(cfg.n or default)
     elif cfg.n is None:
         index = torch.tensor(parse_seeds(cfg.seeds))
     else:
         raise UserError(f"n={cfg.n}: seeds={cfg.seeds} gives the number of images; leave n out")
+    return index, _classes(cfg, G, index)
+
+
+def _classes(cfg: SampleConfig, G: GeneratorBase, index: Tensor) -> Tensor:
+    """Return the classes (N,) of images `index` (N,). Several labels are used in order."""
     labels = parse_labels(cfg.label, G.label_names)
     if labels is None:
-        return index, index % max(1, G.label_dim)
-    return index, torch.tensor(labels)[torch.arange(len(index)) % len(labels)]
+        return index % max(1, G.label_dim)
+    return torch.tensor(labels)[torch.arange(len(index)) % len(labels)]
+
+
+def _inputs(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return numbers (N,), z and c of the images: those of latent=FILE, or of the series."""
+    if cfg.latent is None:
+        index, classes = _selection(cfg, G, default)
+        return index, *latents(G, index, cfg.seed, classes, cfg.truncation)
+    z, c = read_latents(cfg.latent, G)
+    index = torch.arange(len(z))
+    if c is None or cfg.label is not None:
+        c = latents(G, index, cfg.seed, _classes(cfg, G, index))[1]
+    return index, cfg.truncation * z, c
 
 
 def _write_images(cfg: SampleConfig, G: GeneratorBase, precision: str, out: Path) -> str:
-    index, classes = _selection(cfg, G, default=64)
-    selected = zip(index.split(cfg.batch_size), classes.split(cfg.batch_size))
-    batches = to_host(draw(G, i, cfg.seed, c, cfg.truncation, precision) for i, c in selected)
+    if cfg.latent is None:
+        index, classes = _selection(cfg, G, default=64)
+        selected = zip(index.split(cfg.batch_size), classes.split(cfg.batch_size))
+        batches = to_host(draw(G, i, cfg.seed, c, cfg.truncation, precision) for i, c in selected)
+    else:
+        index, z, c = _inputs(cfg, G, default=64)
+        inputs = zip(z.split(cfg.batch_size), c.split(cfg.batch_size))
+        batches = to_host(render(G, *pair, precision) for pair in inputs)
     zoom = cfg.zoom or zoom_for(G.img_resolution)
     writers.write_images(out, index.tolist(), batches, zoom, cfg.columns)
     return f"{len(index):,} images"
@@ -174,18 +202,20 @@ def _film(cfg: SampleConfig, G: GeneratorBase) -> Film:
     """Return the latents and labels of every frame."""
     tiles = cfg.tiles
     through_images = cfg.motion == "interpolate"
-    index, classes = _selection(cfg, G, default=tiles * STOPS if through_images else tiles)
+    index, z, c = _inputs(cfg, G, default=tiles * STOPS if through_images else tiles)
     n = len(index)
     if n % tiles:
         rule = f"{n} images cannot be shared equally; use a divisor, or other seeds"
         raise UserError(f"tiles={tiles}: {rule}")
     if through_images and n == tiles:
-        rule = f"needs two images per tile or more, n or seeds give {n} for {tiles}"
+        rule = f"needs two images per tile or more, there are {n} for {tiles}; give more"
         raise UserError(f"motion=interpolate: {rule}")
     if not through_images and n != tiles:
-        rule = f"needs one image per tile, n or seeds give {n} for tiles={tiles}"
+        rule = f"needs one image per tile, there are {n}; give tiles={n}"
         raise UserError(f"motion={cfg.motion}: {rule}")
-    z, c = latents(G, index, cfg.seed, classes, cfg.truncation)
+    if cfg.motion == "component":
+        direction = directions.component(G, cfg.component or 1)
+        return directions.move(z, c, direction, cfg.strength, cfg.frames, cfg.loop)
     if cfg.motion == "walk":
         film = walk(G.z_dim, c, cfg.seed, index.to(z.device), STOPS, cfg.frames)
         return Film(film.z * cfg.truncation, film.c)
@@ -201,11 +231,11 @@ def _film(cfg: SampleConfig, G: GeneratorBase) -> Film:
 
 
 def _map_inputs(cfg: SampleConfig, G: GeneratorBase) -> tuple[Tensor, Tensor]:
-    index, classes = _selection(cfg, G, ROWS)
+    index, z, c = _inputs(cfg, G, ROWS)
     if len(index) > MAX_ROWS:
-        rule = f"draws at most {MAX_ROWS} images, n or seeds give {len(index)}; give fewer"
+        rule = f"draws at most {MAX_ROWS} images, there are {len(index)}; give fewer"
         raise UserError(f"show={cfg.show}: {rule}")
-    return latents(G, index, cfg.seed, classes, cfg.truncation)
+    return z, c
 
 
 def _write_attention(cfg: SampleConfig, G: GeneratorBase, precision: str, out: Path) -> str:
@@ -230,3 +260,21 @@ def _write_patches(
     logits = maps.patch_logits(D, images, c, precision)
     write_png(out, maps.patch_logits_grid(images, logits))
     return f"patches of {len(z)} images"
+
+
+def _write_components(cfg: SampleConfig, G: GeneratorBase, precision: str, out: Path) -> str:
+    """Draw one image moved along several components, a component a row."""
+    index, z, c = _inputs(cfg, G, default=1)
+    if len(index) != 1:
+        rule = f"draws one image, there are {len(index)}; give one, such as seeds=7"
+        raise UserError(f"show=components: {rule}")
+    first = cfg.component or 1
+    directions.component(G, first)  # refuses numbers out of range
+    numbers = range(first, min(first + ROWS, G.z_dim + 1))
+    strengths = torch.linspace(-cfg.strength, cfg.strength, STRENGTHS).tolist()
+    rows = directions.components(G)[first - 1 : numbers[-1]]
+    columns = {
+        f"{t:+.3g}": render(G, z + t * rows, c.expand(len(rows), -1), precision) for t in strengths
+    }
+    write_png(out, maps.image_grid(columns, [str(number) for number in numbers]))
+    return f"components {first} to {numbers[-1]} of {G.z_dim}"

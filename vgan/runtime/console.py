@@ -14,11 +14,11 @@ LONG_S = 24 * 3600.0  # a run longer than this gets a hint
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-def progress_bar(total: int, what: str | None = None, delay: float = 2.0) -> "tqdm[Any]":
-    """Return a bar of `total` images, shown on a terminal after `delay` s; a context manager."""
-    return tqdm(
-        total=total, desc=what, unit="img", delay=delay, disable=None, leave=False, ncols=79
-    )
+def progress_bar(
+    total: int, what: str | None = None, delay: float = 2.0, unit: str = "img"
+) -> "tqdm[Any]":
+    """Return a bar of `total` units, shown on a terminal after `delay` s; a context manager."""
+    return tqdm(total=total, desc=what, unit=unit, delay=delay, disable=None, leave=False, ncols=79)
 
 
 def duration(seconds: float) -> str:

@@ -114,6 +114,6 @@ def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def zoom_for(img_resolution: Resolution) -> int:
-    """Return the factor by which an image in a grid becomes at least 64 px wide and high."""
-    return max(1, 64 // min(height_width(img_resolution)))
+def zoom_for(img_resolution: Resolution, side: int = 64) -> int:
+    """Return the factor by which an image in a grid becomes about `side` px wide, or wider."""
+    return max(1, side // min(height_width(img_resolution)))
