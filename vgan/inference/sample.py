@@ -271,10 +271,10 @@ def _write_components(cfg: SampleConfig, G: GeneratorBase, precision: str, out: 
     first = cfg.component or 1
     directions.component(G, first)  # refuses numbers out of range
     numbers = range(first, min(first + ROWS, G.z_dim + 1))
-    strengths = torch.linspace(-cfg.strength, cfg.strength, STRENGTHS).tolist()
     rows = directions.components(G)[first - 1 : numbers[-1]]
-    columns = {
-        f"{t:+.3g}": render(G, z + t * rows, c.expand(len(rows), -1), precision) for t in strengths
-    }
+    columns = {}
+    for t in torch.linspace(-cfg.strength, cfg.strength, STRENGTHS).tolist():
+        title = f"{t:+.3g}" if t else "0"
+        columns[title] = render(G, z + t * rows, c.expand(len(rows), -1), precision)
     write_png(out, maps.image_grid(columns, [str(number) for number in numbers]))
     return f"components {first} to {numbers[-1]} of {G.z_dim}"
