@@ -44,7 +44,7 @@ def invert(cfg: InvertConfig) -> Path:
     zoom = cfg.zoom or zoom_for(G.img_resolution, SIDE)
     if cfg.animation:
         side = zoom * G.img_resolution
-        writers.require_film_size(Path(cfg.animation), side, 2 * side)
+        writers.require_film_size(Path(cfg.animation), side, 2 * side, "animation")
 
     photo = read_photo(cfg.image, G.img_resolution, G.img_channels).to(device)
     found = search(cfg, G, PhotoDistance(to_float(photo), D), label)
@@ -68,7 +68,7 @@ def _check_outputs(cfg: InvertConfig) -> Path:
     outputs = {"out": out, "out's picture": out.with_suffix(".png")}
     if cfg.animation:
         outputs["animation"] = Path(cfg.animation).expanduser()
-        writers.require_film_writer(outputs["animation"])
+        writers.require_film_writer(outputs["animation"], "animation")
     for name, path in outputs.items():
         if path.is_dir():
             raise UserError(f"{name}={path}: is a folder; give the name of a file in it")

@@ -100,23 +100,23 @@ def _open_atomically(out: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"out={out}: cannot be written ({e.strerror}); {fix}") from e
 
 
-def require_film_writer(out: Path) -> None:
-    """Raise UserError if the library for the film format is missing, before images are drawn."""
+def require_film_writer(out: Path, key: str = "out") -> None:
+    """Raise UserError, about `key`, if the library for the film format is missing."""
     if out.suffix.lower() == ".mp4":
         try:
             import av  # noqa: F401
         except ModuleNotFoundError as e:
             fix = f"{install_extra('video')}, or give a name ending in .webp or .gif"
-            raise UserError(f"out={out}: mp4 needs PyAV; {fix}") from e
+            raise UserError(f"{key}={out}: mp4 needs PyAV; {fix}") from e
 
 
-def require_film_size(out: Path, height: int, width: int) -> None:
-    """Raise UserError if frames are larger than the film format allows."""
+def require_film_size(out: Path, height: int, width: int, key: str = "out") -> None:
+    """Raise UserError, about `key`, if frames are larger than the film format allows."""
     kind = out.suffix.lower()
     if max(height, width) > _MAX_PX[kind]:
         problem = f"frames of {width} x {height} px are larger than {kind[1:]} allows"
         fix = "use a smaller zoom, or fewer tiles or columns"
-        raise UserError(f"out={out}: {problem} ({_MAX_PX[kind]} px); {fix}")
+        raise UserError(f"{key}={out}: {problem} ({_MAX_PX[kind]} px); {fix}")
 
 
 def write_film(path: Path, frames: np.ndarray, fps: float, zoom: int = 1) -> None:
