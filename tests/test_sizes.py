@@ -8,14 +8,17 @@ import torch
 from checkpoints import compose_as
 from PIL import Image, ImageSequence
 from runs import TINY, train_in_process
+from safetensors import safe_open
 
 from vgan import load_generator
-from vgan.config import EvalConfig, SampleConfig
+from vgan.apps.hub_export import export
+from vgan.config import EvalConfig, ExportConfig, InvertConfig, SampleConfig
 from vgan.data.augment import Augment, recolour, resample
 from vgan.data.folder import Folder
 from vgan.data.preprocess import prepare_image
 from vgan.data.shapes import Shapes
 from vgan.evaluation.evaluate import evaluate
+from vgan.inference.invert import invert
 from vgan.inference.sample import sample
 from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator, PlainGenerator
@@ -182,6 +185,31 @@ def test_oblong_images_are_evaluated(trained: Path, capsys: pytest.CaptureFixtur
     words = [f"ckpt={trained}", "features=learned", "n=20", "metrics=[fid]", "device=cpu"]
     evaluate(compose_as(EvalConfig, "eval", *words, "++features.train_kimg=0.1"))
     assert "16 x 24 px" in capsys.readouterr().out
+
+
+def test_a_photo_of_that_shape_is_inverted(trained: Path, tmp_path: Path) -> None:
+    photo = next(trained.parent.parent.glob("images*/*.png"))
+    words = [f"ckpt={trained}", f"image={photo}", f"out={tmp_path / 'z.npy'}", "device=cpu"]
+    words += ["draws=4", "starts=2", "steps=2", "zoom=1", f"animation={tmp_path / 'a.webp'}"]
+    invert(compose_as(InvertConfig, "invert", *words))
+    assert opened(tmp_path / "z.png").size == (48, 16)
+    assert opened(tmp_path / "a.webp").size == (48, 16)
+
+
+def test_exports_draw_oblong_images_with_alpha(trained: Path, tmp_path: Path) -> None:
+    compare = (f"ckpt={trained}", "license=MIT")
+    out = tmp_path / "g.safetensors"
+    export(compose_as(ExportConfig, "export", *compare, "to=safetensors", f"out={out}"), dict)
+    G = load_generator(out, device="cpu")
+    assert G(torch.randn(2, G.z_dim)).shape == (2, 4, 16, 24)
+    assert "RGBA, multiplied by alpha" in safe_open(out, "pt").metadata()["range"]
+    onnx = compose_as(ExportConfig, "export", *compare, "to=onnx", f"out={tmp_path / 'g.onnx'}")
+    export(onnx, dict)  # compares with torch
+    card = compose_as(
+        ExportConfig, "export", *compare, "to=hub", "repo=a/b", f"out={tmp_path / 'c'}"
+    )
+    export(card, lambda _: ({}, {}))
+    assert "16 x 24 px RGBA" in (tmp_path / "c" / "README.md").read_text()
 
 
 def test_shapes_stay_square() -> None:

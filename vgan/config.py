@@ -259,7 +259,7 @@ class InvertConfig:
     """Keys of vgan-invert."""
 
     ckpt: str = key(_CKPT)
-    image: str = key("photo; the largest centred square is used, resized as in training")
+    image: str = key("photo; cropped and resized as the images of training")
     label: Any = key("class by number or name; null: the one in which the search ends nearest")
     out: str = key(".npy file of the latent; the photo and the image found are .png beside it")
     animation: str | None = key(

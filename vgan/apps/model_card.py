@@ -11,9 +11,11 @@ import vgan
 from vgan.apps.command_line import Compose, command
 from vgan.apps.evaluations import format_cell, heading, measured
 from vgan.apps.templates import render
+from vgan.data.source import CHANNELS
 from vgan.inference.load import NOT_STATED, Model
 from vgan.models.generator import GeneratorBase
 from vgan.runs.log_reader import read_metrics
+from vgan.runtime.images import height_width
 
 # The identifiers of https://huggingface.co/docs/hub/repositories-licenses that suit weights. The
 # Hub refuses a card with any other.
@@ -42,7 +44,7 @@ class Samples(NamedTuple):
 
 def choose_samples(G: GeneratorBase) -> Samples:
     """Return 8 rows of images, or 4 of large ones; a column for each of 4 to 10 classes."""
-    rows = 8 if G.img_resolution <= 64 else 4
+    rows = 8 if max(height_width(G.img_resolution)) <= 64 else 4
     by_class = 4 <= G.label_dim <= 10
     columns = G.label_dim if by_class else rows
     return Samples(rows * columns, columns, by_class)
@@ -63,17 +65,17 @@ def render_card(
     file.
     """
     state, name = model.state, repo.partition("/")[2]
-    sizes, data = state["sizes"], state["data"]
+    data = state["data"]
     license = information["license"]
-    colours = {1: "grey", 3: "RGB", 4: "RGBA"}.get(sizes["img_channels"], "")
+    colours = CHANNELS[G.img_channels]
     reproduced = command(state["config"], f"outputs/{name}", compose)
     return render(
         "model_card.md",
         front_matter=yaml.safe_dump(_front_matter(license), sort_keys=False),
         repo=repo,
         name=name,
-        size=f"{sizes['img_resolution']} x {sizes['img_resolution']}",
-        channels=sizes["img_channels"],
+        size="{} x {}".format(*height_width(G.img_resolution)),
+        channels=G.img_channels,
         colours=colours,
         z_dim=G.z_dim,
         parameters=f"{sum(p.numel() for p in G.parameters()):,}",

@@ -25,7 +25,7 @@ from vgan.runtime.console import progress_bar
 from vgan.runtime.device import pick_device, prepare_process
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import write_atomically, write_png
-from vgan.runtime.images import enlarge, grid, to_float, zoom_for
+from vgan.runtime.images import Resolution, enlarge, grid, height_width, to_float, zoom_for
 
 MAX_FRAMES = 100  # of the film; a longer search is shown in larger steps
 SIDE = 256  # px of an image in the picture and the film, at least
@@ -43,8 +43,8 @@ def invert(cfg: InvertConfig) -> Path:
     label = None if cfg.label is None else parse_label(cfg.label, G.label_names)
     zoom = cfg.zoom or zoom_for(G.img_resolution, SIDE)
     if cfg.animation:
-        side = zoom * G.img_resolution
-        writers.require_film_size(Path(cfg.animation), side, 2 * side, "animation")
+        height, width = (zoom * side for side in height_width(G.img_resolution))
+        writers.require_film_size(Path(cfg.animation), height, 2 * width, "animation")
 
     photo = read_photo(cfg.image, G.img_resolution, G.img_channels).to(device)
     found = search(cfg, G, PhotoDistance(to_float(photo), D), label)
@@ -77,10 +77,11 @@ def _check_outputs(cfg: InvertConfig) -> Path:
     return out
 
 
-def read_photo(name: str, resolution: int, channels: int) -> Tensor:
+def read_photo(name: str, resolution: Resolution, channels: int) -> Tensor:
     """Return an image file as uint8 (1, C, H, W), prepared like the images of training.
 
-    The largest centred square is cropped and resized. Raises UserError for an unreadable file.
+    The largest centred part of that shape is cropped and resized. Raises UserError for an
+    unreadable file.
     """
     path = Path(name).expanduser()
     try:
