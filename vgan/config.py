@@ -294,7 +294,7 @@ class EvalConfig:
     )
     weights: str | None = key("file of the features' weights, for machines without internet access")
     data: dict[str, Any] = node(
-        dict, "new location of the training data, if they moved: .path, .root, .cache_dir"
+        dict, "new location of the training data, if they moved: .path, .root, .repo, .cache_dir"
     )
     batch_size: int = key("images per forward pass", above(0))
     device: str = key(_DEVICE)

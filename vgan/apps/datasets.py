@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from vgan.config import DataConfig
+from vgan.data.hub import HubImages
 from vgan.data.open import build_dataset, build_source
 from vgan.data.source import CHANNELS, Source
 from vgan.data.survey import Survey, evenly, survey
@@ -71,6 +73,8 @@ def info(source: Source, found: Survey) -> list[str]:
     if isinstance(source, Shards):
         part = f"these are the first of {len(source.urls)} shards"
         facts["stream"] = f"{part} and are packed; training streams all"
+    if isinstance(source, HubImages) and source.is_remote:
+        facts["commit"] = f"{source.version} (data.revision=... stays with it)"
     size_mb = found.good * height * width * source.img_channels / 1e6
     color = CHANNELS[source.img_channels]
     facts["packed"] = f"{height} x {width} px (height x width), {color}, {size_mb:,.1f} MB"
@@ -143,11 +147,16 @@ def contact_sheet(source: Source, found: Survey) -> np.ndarray:
     if names:
         chosen, columns = evenly(len(names), SHEET_ROWS), SHEET_COLUMNS
         groups = {names[k]: [i for i, c in found.labels.items() if c == k] for k in chosen}
+    shown = {
+        name: [items[k] for k in evenly(len(items), columns)]
+        for name, items in groups.items()
+        if items
+    }
+    # In their order, which a stream needs.
+    images_of = {i: source.read(i)[0] for i in sorted(chain.from_iterable(shown.values()))}
     strips = []
-    for name, items in groups.items():
-        if not items:
-            continue
-        pixels = np.stack([source.read(items[k])[0] for k in evenly(len(items), columns)])
+    for name, items in shown.items():
+        pixels = np.stack([images_of[i] for i in items])
         missing = -len(pixels) % SHEET_COLUMNS
         pixels = np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -10,12 +10,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from vgan.data.preprocess import MOST_BYTES, UNREADABLE, examine_file, prepare_image
+from vgan.data.preprocess import MOST_BYTES, RULES, UNREADABLE, examine_file, prepare_image
 from vgan.data.source import BadImage, Examined, Source, check_image_settings, natural_key
 from vgan.runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-_RULES = 2  # increase it when `prepare_image` changes, so that caches are packed again
 
 
 class Folder(Source):
@@ -88,7 +87,7 @@ class Folder(Source):
         return Examined(name, image.size, image.mode, "array", pixels, label)
 
     def fingerprint(self) -> str:
-        settings = (_RULES, self.img_resolution, self.img_channels, self.skip_bad, self.label_names)
+        settings = (RULES, self.img_resolution, self.img_channels, self.skip_bad, self.label_names)
         digest = hashlib.sha256(" ".join(map(str, settings)).encode())
         if self._path.is_dir():
             for name in self._members:

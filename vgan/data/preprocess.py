@@ -15,6 +15,7 @@ from vgan.runtime.images import Resolution, height_width
 
 # Not all formats of Pillow: one of them runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+RULES = 2  # increase it when `prepare_image` changes, so that caches are packed again
 MOST_BYTES = 300_000_000  # of one file
 MOST_PIXELS = 90_000_000  # of one image; Pillow's own limit is twice that
 _LARGE = threading.Lock()  # large images are decoded one at a time

@@ -58,6 +58,7 @@ class Source(ABC):
     img_channels: int  # 1 (grey), 3 (RGB) or 4 (RGBA, colours multiplied by alpha)
     label_names: tuple[str, ...] = ()  # empty: no labels
     skip_bad: bool = False  # omit unreadable items instead of stopping
+    sequential: bool = False  # whether reading an item again reads all before it again
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -51,9 +51,14 @@ def evenly(count: int, most: int) -> Sequence[int]:
 def survey(source: Source, most: int | None = None) -> Survey:
     """Read all images of a source, or `most` of them. Takes as long as packing; writes nothing.
 
+    A part is evenly spaced, but the first ones where the source is sequential.
+
     Two images are duplicates where all pixels are equal after cropping and resizing.
     """
-    items = range(len(source)) if most is None else evenly(len(source), most)
+    count = len(source)
+    items: Sequence[int] = range(count)
+    if most is not None:
+        items = range(min(count, most)) if source.sequential else evenly(count, most)
     found = Survey(len(items))
     height, width = height_width(source.img_resolution)
     packed, groups = hashlib.sha256(), _Groups()
@@ -71,7 +76,7 @@ def survey(source: Source, most: int | None = None) -> Survey:
         if item.size[0] < width or item.size[1] < height:
             found.small.append(f"{item.name} ({item.size[0]} x {item.size[1]})")
     found.duplicates = groups.duplicates()
-    if len(items) == len(source):  # the same digest as in vgan.data.packed
+    if len(items) == count:  # the same digest as in vgan.data.packed
         packed.update(np.array(list(found.labels.values()), dtype=np.int64).tobytes())
         found.digest = packed.hexdigest()
     return found
