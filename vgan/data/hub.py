@@ -66,12 +66,12 @@ class HubImages(Source):
         self._streaming = str(streaming).lower()
         if self._streaming not in ("auto", "true", "false"):
             raise UserError(f"data.streaming={streaming}: must be auto, true or false")
-        self._repo, self._shown = repo, f"data.repo={repo}"
+        self._repo, self.shown = repo, f"data.repo={repo}"
         folder = Path(repo).expanduser()
         self._folder = folder.absolute() if folder.is_dir() else None
         if self._folder is None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
             fix = "give user/set as on huggingface.co/datasets, or a folder"
-            raise UserError(f"{self._shown}: no such folder, and no name of the Hub; {fix}")
+            raise UserError(f"{self.shown}: no such folder, and no name of the Hub; {fix}")
         if self._folder is not None and revision is not None:
             raise UserError(f"data.revision={revision}: a folder has no revisions; leave it out")
         name = repo.rstrip("/").rpartition("/")[2]
@@ -97,7 +97,7 @@ class HubImages(Source):
     def version(self) -> str:
         """The commit on the Hub, or a digest of the names, sizes and times of a folder's files."""
         if self._folder is None:
-            with self._one_line_errors():
+            with self.one_line_errors():
                 return _find_commit(self._repo, self._revision)
         digest = hashlib.sha256()
         for path in sorted(self._folder.rglob("*")):
@@ -123,7 +123,7 @@ class HubImages(Source):
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are one line of ours
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        with self._one_line_errors():
+        with self.one_line_errors():
             rows, count = self._load()
             self._find_columns(rows.features or {})
             rows = rows.select_columns(self._columns)
@@ -146,7 +146,7 @@ class HubImages(Source):
             count = _count_rows(builder, self._split)
             if count is not None:
                 if self._folder is None:
-                    print0(f"{self._shown}: read as a stream; only the packed images are kept.")
+                    print0(f"{self.shown}: read as a stream; only the packed images are kept.")
                 self.sequential = True
                 return builder.as_streaming_dataset(split=self._split), count
             if self._streaming == "true":
@@ -192,18 +192,17 @@ class HubImages(Source):
         image, label = self._image, self._label
         if image is None and not images:
             fix = "name a column of encoded files as data.image, or use another set"
-            raise UserError(f"{self._shown}: has no column of images; its columns: {known}; {fix}")
+            raise UserError(f"{self.shown}: has no column of images; its columns: {known}; {fix}")
         if image is None and len(images) > 1:
             fix = f"choose one, as data.image={images[0]}"
-            raise UserError(f"{self._shown}: has several image columns: {', '.join(images)}; {fix}")
+            raise UserError(f"{self.shown}: has several image columns: {', '.join(images)}; {fix}")
         if image is not None and image not in images and not _holds_files(features.get(image)):
             problem = "is no column of images" if image in features else "no such column"
-            raise UserError(
-                f"data.image={image}: {problem}; use one of {', '.join(images) or known}"
-            )
+            fix = f"use one of {', '.join(images) or known}"
+            raise UserError(f"data.image={image}: {problem}; {fix}")
         if label is None and len(labels) > 1:
             fix = f"choose one, as data.label={labels[0]}, or data.label=none"
-            raise UserError(f"{self._shown}: has several label columns: {', '.join(labels)}; {fix}")
+            raise UserError(f"{self.shown}: has several label columns: {', '.join(labels)}; {fix}")
         if label not in (None, "none", *labels):
             problem = "is no column of type ClassLabel" if label in features else "no such column"
             fix = f"use {' or '.join([*labels, 'none'])}"
@@ -215,23 +214,24 @@ class HubImages(Source):
 
     def _content(self, i: int, cell: dict[str, Any] | None) -> bytes:
         """Return the encoded image of a cell, which holds its bytes or a path."""
-        name, content, path = f"image {i}", (cell or {}).get("bytes"), (cell or {}).get("path")
-        if content is None and path is None:
-            raise BadImage(name, "empty")
-        if content is None and "://" in path:  # not the image is bad, but the network
-            with self._one_line_errors():
+        name, cell = f"image {i}", cell or {}
+        content, path = cell.get("bytes"), cell.get("path") or ""
+        if content is None and "://" in path:  # an error is the network's, not the image's
+            with self.one_line_errors():
                 content = _read(path)
-        elif content is None:
+        elif content is None and path:
             try:
                 content = _read(path)
             except UNREADABLE as e:
-                raise BadImage.of(f"{name}, {path}", e) from e
+                raise BadImage.of(name, e) from e
+        if not content:
+            raise BadImage(name, "empty")
         if len(content) > MOST_BYTES:
             raise BadImage(name, f"over {MOST_BYTES / 1e6:.0f} MB")
         return content
 
     @contextlib.contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
+    def one_line_errors(self) -> Iterator[None]:
         """Raise UserError for what the libraries raise inside the block."""
         try:
             yield
@@ -248,14 +248,14 @@ class HubImages(Source):
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-        reason = f"{self._shown}: cannot be read ({first_line(causes[-1])})"
+        reason = f"{self.shown}: cannot be read ({first_line(causes[-1])})"
         if "GatedRepoError" in kinds:
             page = f"https://huggingface.co/datasets/{self._repo}"
             login = "log in with hf auth login or HF_TOKEN"
-            return f"{self._shown}: is gated; accept its conditions at {page} and {login}"
+            return f"{self.shown}: is gated; accept its conditions at {page} and {login}"
         if "RepositoryNotFoundError" in kinds:
             fix = "check the name; for a private set log in with hf auth login or HF_TOKEN"
-            return f"{self._shown}: no such folder, and no such data set on the Hub; {fix}"
+            return f"{self.shown}: no such folder, and no such data set on the Hub; {fix}"
         if "RevisionNotFoundError" in kinds:
             fix = f"see https://huggingface.co/datasets/{self._repo}/commits/main"
             return f"data.revision={self._revision}: no such branch, tag or commit; {fix}"
@@ -282,11 +282,12 @@ class _Stream:
         return self._count
 
     def __getitem__(self, i: int) -> Any:
-        with self._lock, self._source._one_line_errors():
+        with self._lock:
             if i < self._next and i not in self._passed:
                 self._passed, self._next, self._iterator = {}, 0, iter(self._rows)
             while self._next <= i:
-                self._passed[self._next] = self._advance()
+                row = self._advance()
+                self._passed[self._next - 1] = row
                 if len(self._passed) > self._most_passed:
                     del self._passed[next(iter(self._passed))]
             return self._passed.pop(i)
@@ -294,14 +295,15 @@ class _Stream:
     def _advance(self) -> Any:
         """Return the next row. Raises UserError unless there are as many rows as were stated."""
         end = object()
-        row = next(self._iterator, end)
+        with self._source.one_line_errors():
+            row = next(self._iterator, end)
+            is_last = self._next == self._count - 1
+            has_more = is_last and next(self._iterator, end) is not end
+        if row is end or has_more:
+            found = "more" if has_more else f"only {self._next:,}"
+            problem = f"states {self._count:,} rows and has {found}"
+            raise UserError(f"{self._source.shown}: {problem}; use data.streaming=false")
         self._next += 1
-        is_last = self._next == self._count
-        if row is end or (is_last and next(self._iterator, end) is not end):
-            raise UserError(
-                f"{self._source._shown}: has other than the {self._count:,} rows that it states; "
-                "use data.streaming=false"
-            )
         return row
 
 
@@ -330,6 +332,7 @@ def _find_commit(repo: str, revision: str | None) -> str:
 
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
+    hub.logging.set_verbosity_error()  # it warns of each retry
     where: Any = {"repo_type": "dataset", "revision": revision}
     try:
         card = hub.hf_hub_download(repo, "README.md", **where)
