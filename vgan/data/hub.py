@@ -242,26 +242,27 @@ class HubImages(Source):
 
     def _explain(self, e: BaseException) -> str:
         """Return the line for an error of the Hub, of `datasets` or of the files."""
-        from huggingface_hub import errors
-
         causes = [e]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-        reason = f"{self.shown}: cannot be read ({first_line(causes[-1])})"
-        if "GatedRepoError" in kinds:
+        refused = {getattr(getattr(c, "response", 0), "status_code", 0) for c in causes}
+        login = "log in with hf auth login or HF_TOKEN"
+        if "GatedRepoError" in kinds or "gated dataset" in str(e):
             page = f"https://huggingface.co/datasets/{self._repo}"
-            login = "log in with hf auth login or HF_TOKEN"
-            return f"{self.shown}: is gated; accept its conditions at {page} and {login}"
-        if "RepositoryNotFoundError" in kinds:
-            fix = "check the name; for a private set log in with hf auth login or HF_TOKEN"
-            return f"{self.shown}: no such folder, and no such data set on the Hub; {fix}"
+            return f"{self.shown}: is gated; ask for access at {page}, then {login}"
+        if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} or refused & {401, 403}:
+            problem = "no such folder, and no such data set on the Hub, or a private one"
+            return f"{self.shown}: {problem}; check the name, or {login}"
         if "RevisionNotFoundError" in kinds:
             fix = f"see https://huggingface.co/datasets/{self._repo}/commits/main"
             return f"data.revision={self._revision}: no such branch, tag or commit; {fix}"
-        if isinstance(e, errors.LocalEntryNotFoundError) or kinds & _NETWORK_ERRORS:
-            return f"{reason}; check the network, then give the same command"
-        return f"{reason}; check that load_dataset of the datasets library can read it"
+        reason = first_line(causes[-1])
+        if kinds & _NETWORK_ERRORS:
+            fix = "check the network, then give the same command"
+            return f"{self.shown}: the Hub cannot be reached ({reason}); {fix}"
+        fix = "check that load_dataset of the datasets library reads it"
+        return f"{self.shown}: cannot be read ({reason}); {fix}"
 
 
 class _Stream:
@@ -308,8 +309,8 @@ class _Stream:
 
 
 # Names of network errors of httpx, aiohttp and Python, whose releases differ in their modules.
-_NETWORK_ERRORS = {"TransportError", "OfflineModeIsEnabled", "ConnectionError", "TimeoutError"}
-_NETWORK_ERRORS |= {"ClientError", "FSTimeoutError"}
+_NETWORK_ERRORS = {"TransportError", "ConnectionError", "TimeoutError", "ClientError"}
+_NETWORK_ERRORS |= {"FSTimeoutError", "LocalEntryNotFoundError"}
 
 
 def _library_errors() -> tuple[type[BaseException], ...]:
