@@ -25,6 +25,7 @@ from vgan.data.packed import pack
 from vgan.data.preprocess import examine_file
 from vgan.data.survey import survey
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 
 NAMES = ["cat", "dog", "hen"]
 ROWS = 20
@@ -216,7 +217,7 @@ def test_several_columns_must_be_named(tmp_path: Path) -> None:
         ("label=x", "data.label=x: no such column; use kind or none"),
         ("streaming=maybe", "data.streaming=maybe: must be auto, true or false"),
         ("revision=v2", "data.revision=v2: a folder has no revisions"),
-        ("resolution=17", "data.resolution=17: must be one of"),
+        ("resolution=17", "data.resolution=17: must be N or"),
     ],
 )
 def test_a_wrong_choice_names_the_right_ones(
@@ -277,7 +278,7 @@ def test_unreadable_images_stop_or_are_skipped(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'vgan[hf]'" in refusal(lambda: len(HubImages(str(folder))))
+    assert install_extra("hf") in refusal(lambda: len(HubImages(str(folder))))
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vgan.data.preprocess import MOST_BYTES, RULES, UNREADABLE, examine_file
 from vgan.data.source import BadImage, Examined, Source, check_image_settings
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError, first_line
+from vgan.runtime.extras import install_extra
 
 LARGE = 2_000_000_000  # bytes above which streaming=auto keeps no copy of the files
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -31,8 +32,8 @@ class HubImages(Source):
     Args:
         repo: user/set, or a local folder: parquet or image files in the layout of the Hub, or what
             `save_to_disk` has written. A folder of that name comes first.
-        resolution: height and width of the square images in px.
-        channels: 1 (grey) or 3 (RGB).
+        resolution: side of square images in px, or height and width.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         split: name of the split.
         subset: name of the subset, also called config; None where there is only one.
         revision: branch, tag or commit; None: the newest commit of the main branch.
@@ -48,7 +49,7 @@ class HubImages(Source):
     def __init__(
         self,
         repo: str,
-        resolution: int = 64,
+        resolution: int | Sequence[int] = 64,
         channels: int = 3,
         split: str = "train",
         subset: str | None = None,
@@ -58,8 +59,8 @@ class HubImages(Source):
         streaming: str | bool = "auto",
         skip_bad: bool = False,
     ) -> None:
-        check_image_settings(resolution, channels)
-        self.img_resolution, self.img_channels, self.skip_bad = resolution, channels, skip_bad
+        self.img_resolution = check_image_settings(resolution, channels)
+        self.img_channels, self.skip_bad = channels, skip_bad
         self._split, self._subset, self._revision = split, subset, revision
         self._image, self._label = image, label
         self._columns: list[str] = []  # of images and labels, once they are known
@@ -119,7 +120,7 @@ class HubImages(Source):
         try:
             import datasets
         except ModuleNotFoundError as e:
-            raise UserError("data=hf: needs datasets; pip install 'vgan[hf]'") from e
+            raise UserError(f"data=hf: needs datasets; {install_extra('hf')}") from e
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are one line of ours
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()

@@ -185,6 +185,8 @@ class ClassifierFeatures(nn.Module):
         self, train_kimg: float = 30, widths: Sequence[int] = (96, 96, 64, 48, 32, 24)
     ) -> None:
         super().__init__()
+        if train_kimg <= 0:
+            raise ValueError(f"train_kimg={train_kimg:g}: must be above 0")
         self.train_kimg, self.widths = train_kimg, tuple(widths)
         self.protocol = "learned, untrained"
         self.accuracy = math.nan  # in the last tenth of the training, before each update

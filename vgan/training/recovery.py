@@ -91,9 +91,10 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
         config.pop("model.discriminator.weights", None)  # the digest counts, not the path
         config.pop("model.generator.gradient_checkpointing", None)
         config.pop("model.discriminator.gradient_checkpointing", None)
-    for k in [k for k in now.keys() & before.keys() if k.endswith("widths")]:
-        n = min(len(before[k]), len(now[k]))  # those of higher resolutions have no effect
-        before[k], now[k] = before[k][:n], now[k][:n]
+    for k in [k for k in now if k.endswith("widths") and k in before]:
+        if isinstance(before[k], list) and isinstance(now[k], list):
+            n = min(len(before[k]), len(now[k]))  # those of higher resolutions have no effect
+            before[k], now[k] = before[k][:n], now[k][:n]
     before = {"init": None, "freeze_d": 0, **before}
     if "model.generator.modulation" in now:  # not in the first versions
         before.setdefault("model.generator.modulation", False)
