@@ -10,7 +10,7 @@ from PIL import Image
 
 from vgan import load_generator
 from vgan.config import InvertConfig, SampleConfig
-from vgan.data.preprocess import to_square_uint8
+from vgan.data.preprocess import prepare_image
 from vgan.inference.directions import components, move
 from vgan.inference.invert import PhotoDistance, invert, psnr
 from vgan.inference.latents import latents, render
@@ -137,7 +137,7 @@ def test_a_photo_is_prepared_as_in_training(ckpt: Path, tmp_path: Path) -> None:
     photo.paste((0, 90, 200, 255), (0, 0, 40, 25))
     photo.save(tmp_path / "photo.png")
     run_invert(ckpt, tmp_path / "photo.png", "steps=1", f"out={tmp_path / 'x.npy'}")
-    expected = to_square_uint8(photo, 16, 3)
+    expected = prepare_image(photo, 16, 3)
     assert np.array_equal(pixels(tmp_path / "x.png")[:, :16], expected)
 
 
