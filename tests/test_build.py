@@ -66,12 +66,26 @@ def test_options_build_and_take_a_step(group: str, option: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("loss", "moves"), [("rpgan", False), ("wgan", False), ("nonsaturating", True)]
+)
+def test_the_bias_of_logits_stays_where_it_has_no_effect(loss: str, moves: bool) -> None:
+    """Rounding would move it, at the full rate of Adam."""
+    cfg = train_config(*TINY, "data.resolution=16", "data.size=40", f"loss={loss}")
+    run = setup(cfg, CPU, "fp32")
+    with closing(run.open_loader()) as loader:
+        for _ in range(3):
+            train_step(run.state, run.objective, run.batch(loader), run.hyperparameters())
+    (bias,) = run.state.D.logit_biases()
+    assert (bias.item() != 0) == moves
+
+
+@pytest.mark.parametrize(
     "size", [pytest.param(s, marks=pytest.mark.slow) if s == "l" else s for s in GROUPS["size"]]
 )
 def test_sizes_build_at_every_resolution_and_take_a_step(size: str) -> None:
     config = train_config(f"size={size}", "batch_size=1", "data.resolution=16", "data.size=40")
     counts = []
-    for resolution in (16, 64, 256):
+    for resolution in (16, 64, 256, 1024):
         sizes = {"img_resolution": resolution, "img_channels": 3, "label_dim": 2}
         with torch.device("meta"):
             G = construct(config.model.generator, "model.generator", **sizes)

@@ -100,6 +100,10 @@ class AidedDiscriminator(Discriminator):
             maps = [self._maps(part) for part in images.split(32)]
         self.mixer.standardise([torch.cat(scale) for scale in zip(*maps)])
 
+    def logit_biases(self) -> list[Tensor]:
+        heads = [head.bias for head in self.heads if isinstance(head, Head)]
+        return [*super().logit_biases(), *heads]
+
     def judge(self, x: Tensor, c: Tensor | None, rng: Streams | None = None) -> Verdict:
         """Return the judge's logits on images (N, C, H, W) in [-1, 1] and one-hot c.
 

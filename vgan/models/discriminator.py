@@ -50,6 +50,10 @@ class DiscriminatorBase(nn.Module):
     def load_backbone(self, images: Tensor | None) -> None:
         raise NotImplementedError
 
+    def logit_biases(self) -> list[Tensor]:
+        """Return the parameters that are added to every logit of a grid."""
+        return []
+
 
 class Discriminator(DiscriminatorBase):
     """PatchGAN: images (N, C, H, W) in [-1, 1] and one-hot c (N, label_dim) -> logits (N, 1, h, w).
@@ -147,6 +151,10 @@ class Discriminator(DiscriminatorBase):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         return self._run(x, c, pairs=False)
+
+    def logit_biases(self) -> list[Tensor]:
+        assert self.to_logit.bias is not None
+        return [self.to_logit.bias]
 
     def jvp(self, x: Tensor, c: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits (N, 1, h, w) at x and their derivative in direction v (shape of x).

@@ -76,6 +76,8 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "lsgan": (d_lsgan, g_lsgan),
     "wgan": (d_wgan, g_wgan),
 }
+# A constant added to all logits changes nothing.
+SHIFT_INVARIANT = frozenset({"rpgan", "wgan"})
 RELATIVISTIC = frozenset({"rpgan"})  # the generator's loss looks at the reals too
 
 

@@ -35,7 +35,7 @@ from vgan.runtime.nested import flatten
 from vgan.runtime.rng import Streams
 from vgan.schema import Ramp, require
 from vgan.training.initialize import Source, freeze_stages, initialize, read_source
-from vgan.training.losses import LOSSES, RELATIVISTIC
+from vgan.training.losses import LOSSES, RELATIVISTIC, SHIFT_INVARIANT
 from vgan.training.optimize import DDPObjective, MicroBatches, apply_fsdp
 from vgan.training.schedules import (
     AdaptiveStrength,
@@ -215,6 +215,11 @@ def build_state(
         fuse_depthwise(D)
     for network in (G, D):  # auto: convolutions, as nothing else was timed on a GPU
         select_pointwise(network, cfg.pointwise == "matmul")
+    if cfg.loss.name in SHIFT_INVARIANT:
+        # Rounding alone would move the bias of the logits, at Adam's full rate. Its gradient is not
+        # cut off in the network because DDP expects one of each weight.
+        for bias in D.logit_biases():
+            bias.register_hook(torch.zeros_like)
     G_ema = ema_copy(G)
     if cfg.parallel == "fsdp" and world_size() > 1:
         for network in (G, D, G_ema):
