@@ -118,6 +118,12 @@ class PeriodicEvaluationConfig:
 
 
 @dataclass
+class TrackerConfig:
+    name: str = key("none, wandb, trackio or mlflow", one_of("none", "wandb", "trackio", "mlflow"))
+    project: str = key("project or experiment of the tracker; the run is named after run_dir")
+
+
+@dataclass
 class WatchdogConfig:
     max_rollbacks: int = key("rollbacks after a failure before the run ends", at_least(0))
     max_penalty: float = key("failure: gamma / 2 (r1 + r2) above this; 0.1 is usual", above(0))
@@ -198,6 +204,9 @@ class TrainConfig:
     features: dict[str, Any] = node(dict, "feature network of the evaluation")
     eval: PeriodicEvaluationConfig = node(
         PeriodicEvaluationConfig, "evaluation during the run, every eval_kimg"
+    )
+    tracker: TrackerConfig = node(
+        TrackerConfig, "experiment tracker, which gets the scalars and grids of TensorBoard"
     )
 
 

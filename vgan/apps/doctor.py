@@ -22,6 +22,7 @@ from vgan.apps.examine import (
 )
 from vgan.config import TrainConfig
 from vgan.runs import checkpoint
+from vgan.runs.trackers import require_tracker
 from vgan.runtime import device as devices
 from vgan.runtime.console import duration
 from vgan.runtime.distributed import world_size
@@ -38,13 +39,15 @@ def doctor(cfg: TrainConfig, overrides: Sequence[str], benchmark: Benchmark | No
     """Examine a run before it starts and print a report; return 1 if training would stop, else 0.
 
     cfg: a valid config, made from `overrides`. Writes nothing into run_dir, but packs the data
-    into the cache, as training does. Raises UserError where device or precision cannot be used.
+    into the cache, as training does. Raises UserError where device, precision or tracker cannot be
+    used.
     """
     fix = "vgan-doctor examines one device; start it without torchrun"
     require(world_size() == 1, "WORLD_SIZE", world_size(), fix)
     device = devices.pick_device(cfg.device)
     precision = devices.pick_precision(cfg.precision, device)
     threads_before = torch.get_num_threads()
+    require_tracker(cfg.tracker)
     devices.prepare_process(device, precision, cfg.threads, cfg.deterministic)
     report, plan = Report(), None
     try:

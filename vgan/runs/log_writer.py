@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vgan.runs.trackers import Reporter
 from vgan.runtime.distributed import print0, rank
 from vgan.runtime.errors import UserError
 from vgan.runtime.files import append_line, write_atomically, write_png
@@ -104,11 +105,12 @@ class RunLogger:
     Later lines of an earlier session are removed. Curves that the event files lack are written
     again from stats.jsonl. A full disk does not end the run: lines wait in memory until they can be
     written, images are left out, and one warning is printed. Of several processes only the first
-    writes.
+    writes. `reporter` gets the same numbers, texts and images as TensorBoard.
     """
 
-    def __init__(self, run_dir: Path, cur_nimg: int) -> None:
+    def __init__(self, run_dir: Path, cur_nimg: int, reporter: Reporter | None = None) -> None:
         self._run_dir, self._path = run_dir, run_dir / "stats.jsonl"
+        self._reporter = reporter or Reporter("none")
         self._waiting: list[str] = []  # lines that are not in stats.jsonl yet
         self._events: TensorBoardFile | None = None
         self._events_from = 0  # the first step of the next event file
@@ -164,9 +166,10 @@ class RunLogger:
         self._write_lines()
         with self._warn_once():
             self._write_curves(cur_nimg, [line])
+        self._reporter.log(cur_nimg, _curve_values(plain))
 
     def image(self, cur_nimg: int, name: str, path: Path | None, grid: np.ndarray) -> None:
-        """Add an image (H, W) or (H, W, 3) uint8 to TensorBoard, and write it to `path` as PNG."""
+        """Add an image (H, W) or (H, W, 3) uint8 to the curves, and write it to `path` as PNG."""
         if rank() != 0:
             return
         if path:
@@ -175,6 +178,7 @@ class RunLogger:
         self._write_lines()
         with self._warn_once():
             self._write_curves(cur_nimg, [], {name: grid})
+        self._reporter.image(cur_nimg, name, grid)
 
     def _write_lines(self) -> None:
         with self._warn_once():
@@ -236,14 +240,16 @@ class RunLogger:
             self._events = None
 
 
-def _add_curves(events: TensorBoardFile, values: dict[str, Any]) -> None:
-    """Add the numbers and texts of a line of stats.jsonl."""
-    step = values.pop("cur_nimg")
-    for name, value in values.items():
-        if value is None:
-            value = math.nan
-        if isinstance(value, (int, float, str)):
-            events.add(name, value, step)
+def _add_curves(events: TensorBoardFile, line: dict[str, Any]) -> None:
+    for name, value in _curve_values(line).items():
+        events.add(name, value, line["cur_nimg"])
+
+
+def _curve_values(line: dict[str, Any]) -> dict[str, float | str]:
+    """Return the numbers and texts of a line of stats.jsonl, with NaN for null."""
+    values = {name: math.nan if value is None else value for name, value in line.items()}
+    del values["cur_nimg"]
+    return {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
 
 
 def _nimg_of(line: str) -> float:

@@ -26,6 +26,7 @@ from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
 from vgan.runs.log_reader import read_metrics
 from vgan.runs.log_writer import RunLogger, append_metrics
+from vgan.runs.trackers import Reporter
 from vgan.runtime.console import TrainingBar, in_lines
 from vgan.runtime.device import autocast
 from vgan.runtime.distributed import barrier, broadcast_from_rank0, print0, rank, world_size
@@ -83,6 +84,7 @@ class Monitor:
         loader: Loader | ShardLoader,
         writer: CheckpointWriter,
         evaluation: "PeriodicEvaluation | None",
+        reporter: Reporter,
     ) -> None:
         self._run, self._loader, self._writer, self._evaluation = run, loader, writer, evaluation
         self._grid = SampleGrid(run)
@@ -90,7 +92,7 @@ class Monitor:
         self._throughput = ThroughputMeter(run.state.cur_nimg)
         self._skip_on_oom = SkipOnOutOfMemory()
         self._means: dict[str, float] = {}
-        self._logger = RunLogger(run.run_dir, run.state.cur_nimg)
+        self._logger = RunLogger(run.run_dir, run.state.cur_nimg, reporter)
         self._shown_nimg = run.state.cur_nimg
         self._bar = TrainingBar(run.total_nimg, self._shown_nimg, silent=rank() != 0)
 

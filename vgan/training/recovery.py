@@ -22,7 +22,7 @@ _FREE = {
     "run_dir", "device", "precision", "compile", "cuda_graphs", "depthwise", "pointwise", "threads",
     "deterministic", "tick_kimg", "snapshot_kimg", "checkpoint_kimg", "checkpoint_minutes",
     "keep_checkpoints", "data", "eval_kimg", "eval", "features", "watchdog", "batch_gpu",
-    "parallel",
+    "parallel", "tracker",
 }  # fmt: skip
 
 

@@ -10,8 +10,11 @@ from omegaconf import OmegaConf
 
 from vgan.config import TrainConfig
 from vgan.data.webdataset import LoadingCancelled
+from vgan.evaluation.evaluator import SMALLER_IS_BETTER
 from vgan.runs import checkpoint
 from vgan.runs.checkpoint_writer import CheckpointWriter
+from vgan.runs.log_reader import number, read_metrics
+from vgan.runs.trackers import Reporter, require_tracker, start_tracker
 from vgan.runtime.device import pick_device, pick_precision, prepare_process
 from vgan.runtime.distributed import SharedFlags, barrier, print0, process_group, rank, world_size
 from vgan.runtime.errors import UserError
@@ -24,40 +27,46 @@ from vgan.training.step import train_step
 from vgan.training.summary import start_record, summary
 
 
-def train(cfg: TrainConfig) -> Path:
+def train(cfg: TrainConfig) -> float | None:
     """Train as `cfg` says, from the newest checkpoint of its run_dir if there is one.
 
-    Returns the run folder. Raises UserError, before anything is written, for what cannot work;
-    Stopped after a signal; TrainingFailed, a UserError, where the run fails too often.
+    Returns the `best_value` of the run. Raises UserError, before anything is written, for what
+    cannot work; Stopped after a signal; TrainingFailed, a UserError, where the run fails too often.
     """
     device = pick_device(cfg.device)
     precision = pick_precision(cfg.precision, device)
     prepare_process(device, precision, cfg.threads, cfg.deterministic)
     with process_group(device):
+        require_tracker(cfg.tracker)
         run = setup(cfg, device, precision)
         if is_complete(run):
             hint = f"To train longer: total_kimg={2 * cfg.total_kimg:g}"
             print0(f"{run.run_dir} is complete: {run.total_nimg:,} images. {hint}")
             print0(next_commands(run.run_dir))
-            return run.run_dir
+            return best_value(run)
         evaluation = PeriodicEvaluation(run) if cfg.eval_kimg > 0 else None
         with own_folder(run.run_dir), StopRequest() as stop:
             resume(run)
             print0(summary(run))
             prepare_step(run)
+            config = run.identity["config"]
+            reporter = start_tracker(cfg.tracker, run.run_dir, config, run.state.cur_nimg)
             begin_folder(run)
-            loop(run, evaluation, stop)
-    return run.run_dir
+            with closing(reporter):  # last of all, as it may wait for a network
+                loop(run, evaluation, reporter, stop)
+        return best_value(run)
 
 
-def loop(run: Run, evaluation: PeriodicEvaluation | None, stop: StopRequest) -> None:
+def loop(
+    run: Run, evaluation: PeriodicEvaluation | None, reporter: Reporter, stop: StopRequest
+) -> None:
     """Train until total_kimg, a stop, or a failure that no roll-back helps; count in images."""
     state, flags, stopping = run.state, SharedFlags(2), False
     with (
         # Of several processes none may leave a step that the others are in.
         closing(run.open_loader(lambda: stop.requested and world_size() == 1)) as loader,
         closing(CheckpointWriter(run.cfg.keep_checkpoints, report_failed_write)) as writer,
-        closing(Monitor(run, loader, writer, evaluation)) as monitor,
+        closing(Monitor(run, loader, writer, evaluation, reporter)) as monitor,
     ):
         monitor.start()
         try:
@@ -112,6 +121,20 @@ def conclude(run: Run, writer: CheckpointWriter, flags: SharedFlags) -> None:
         saved = f"Stopped at {cur_nimg:,} images, checkpoint saved. Run the same command to resume."
         raise Stopped(saved if cur_nimg else EARLY)
     print0(f"Done: {cur_nimg:,} images.\n{next_commands(run.run_dir)}")
+
+
+def best_value(run: Run) -> float | None:
+    """Return the best value of eval.best_by, as measured; None where nothing was evaluated.
+
+    Lower is better for fid and kid, higher for the others. Values of another protocol than the last
+    evaluation's do not count.
+    """
+    lines = [line for line in read_metrics(run.run_dir) if "best" in line]
+    name = run.cfg.eval.best_by
+    comparable = [line for line in lines if line.get("protocol") == lines[-1].get("protocol")]
+    values = [value for line in comparable if (value := number(line, name)) is not None]
+    best = min if SMALLER_IS_BETTER[name] else max
+    return best(values, default=None)
 
 
 def is_complete(run: Run) -> bool:
