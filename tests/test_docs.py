@@ -147,7 +147,10 @@ def compositions(program: str, words: list[str], folder: Path) -> Iterator[Any]:
     words = [w for w in words if w not in dropped and not w.startswith(("--config-dir", "hydra"))]
     choices = []
     for o in OverridesParser.create().parse_overrides(words):
-        if o.is_sweep_override():
+        if o.is_interval_sweep():
+            value = o.value()
+            choices.append([f"{o.key_or_group}={value.start}", f"{o.key_or_group}={value.end}"])
+        elif o.is_sweep_override():
             choices.append([f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()])
         else:
             choices.append([o.input_line])

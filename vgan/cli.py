@@ -32,7 +32,11 @@ from vgan.runtime.signals import (
     training_started,
     was_interrupted,
 )
+from vgan.schema import require
 from vgan.validation import validate
+
+# Of Hydra, for a group that is set to a number and an unknown shell; of Optuna, after a sweep.
+_VALUE_ERRORS = ("Config group override", "No completion plugin", "No trials are completed")
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,29 @@ class Command:
     config_name: str  # in configs/, without .yaml
     function: str  # module:name, imported late because torch takes seconds to import
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Run one job; Hydra calls this with the composed config."""
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Run one job and return its result; Hydra calls this with the composed config."""
+        sweeper = HydraConfig.get().sweeper.get("_target_", "")
+        if self.program == "vgan-train" and _is_sweep() and "optuna" in sweeper:
+            return self._trial(cfg)
+        return self._job(cfg)
+
+    def _trial(self, cfg: DictConfig) -> float | None:
+        """Run a job of Optuna, which takes None for a failed trial and goes on with the next."""
+        with _one_line_errors(self):
+            rule = "Optuna compares evaluations; give the thousands of images between two of them"
+            require(cfg.eval_kimg > 0, "eval_kimg", cfg.eval_kimg, rule)
+        try:
+            return self._job(cfg)
+        except SystemExit as e:
+            if e.code != 1:  # a usage error, an interrupt or a stop
+                raise
+            return None
+
+    def _job(self, cfg: DictConfig) -> float | None:
         with _one_line_errors(self):
             extra: tuple[Any, ...] = ()
-            if self.program == "vgan-train" and HydraConfig.get().mode == RunMode.MULTIRUN:
+            if self.program == "vgan-train" and _is_sweep():
                 cfg.run_dir = f"{cfg.run_dir}/{_sweep_name(HydraConfig.get().overrides.task)}"
             elif self.program in ("vgan-report", "vgan-export"):
                 extra = (compose_train,)
@@ -61,6 +83,7 @@ class Command:
             result = getattr(importlib.import_module(module), name)(settings, *extra)
             if isinstance(result, int):
                 sys.exit(result)
+            return result if isinstance(result, float) else None
 
 
 COMMANDS = {
@@ -128,15 +151,19 @@ def run(command: Command) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         _show(help_text(command.program, command.schema))
         return
-    if command.program == "vgan-data" and re.fullmatch(r"\w+", "".join(sys.argv[1:2])):
-        sys.argv[1] = f"do={sys.argv[1]}"  # vgan-data info ...
-    sys.argv[1:] = [_quote_path(_upgrade(word)) for word in sys.argv[1:]]
+    sys.argv[1:] = _overrides(command.program, sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions pass
     register_schemas()
     with contextlib.ExitStack() as stack:
         if command.program == "vgan-train":
             stack.enter_context(exit_on_stop_signals())
             stack.enter_context(ignore_write_errors())
+        if line := os.environ.get("COMP_LINE"):  # set by the shell that completes this line
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            name, *words = line.split(" ")
+            before = _overrides(command.program, words[:-1])
+            os.environ["COMP_LINE"] = " ".join([name, *before, *words[-1:]])
         record_interrupts()
         stack.enter_context(_one_line_errors(command))
         stack.enter_context(_any_help_text())
@@ -181,6 +208,10 @@ def _plain(cfg: DictConfig, resolve: bool) -> dict[str, Any]:
     return {str(name): value for name, value in plain.items()}
 
 
+def _is_sweep() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _sweep_name(job: Sequence[str]) -> str:
     """Return the folder name of one job of a sweep: the overrides that differ between jobs."""
     words = [word for word in sys.argv[1:] if "=" in word]
@@ -188,6 +219,13 @@ def _sweep_name(job: Sequence[str]) -> str:
     swept = {o.key_or_group for o in parsed if o.is_sweep_override()}
     name = ",".join(word for word in job if word.partition("=")[0] in swept)
     return re.sub(r"[^A-Za-z0-9=.,+_-]", "_", name) or "job"
+
+
+def _overrides(program: str, words: list[str]) -> list[str]:
+    """Return words of the command line as Hydra reads them."""
+    if program == "vgan-data" and words and re.fullmatch(r"\w+", words[0]):
+        words = [f"do={words[0]}", *words[1:]]  # vgan-data info ...
+    return [_quote_path(_upgrade(word)) for word in words]
 
 
 def _upgrade(word: str) -> str:
@@ -228,8 +266,8 @@ def _one_line_errors(command: Command) -> Iterator[None]:
         _fail(program, str(e), 1)
     except (HydraException, OmegaConfBaseException) as e:
         _fail(program, usage_line(e, sys.argv[1:], command.schema), 2)
-    except ValueError as e:  # Hydra raises it for a group that is set to a number
-        if "Config group override" not in str(e) and not was_interrupted():
+    except ValueError as e:
+        if not any(text in str(e) for text in _VALUE_ERRORS) and not was_interrupted():
             raise
         _fail(program, usage_line(e, sys.argv[1:], command.schema), 2)
     except (TypeError, AttributeError, LookupError, AssertionError) as e:

@@ -78,6 +78,8 @@ _FOREIGN = dict.fromkeys(("minutes", "epochs", "kimg", "steps"), "total_kimg")
 _FOREIGN |= {"class": "label", "classes": "label", "trunc": "truncation", "batch": "batch_size"}
 _FOREIGN |= {"resolution": "data.resolution", "path": "data.path", "outdir": "run_dir"}
 _FOREIGN |= {"lr": "optim.lr_G.start", "workers": "threads", "gpus": "device", "network": "ckpt"}
+# Plugins of Hydra, and the extras that install them.
+_PLUGINS = {"optuna": "optuna", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
 def command_list() -> str:
@@ -143,8 +145,15 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
         causes.append(causes[-1].__cause__)
     text = " ".join(str(c) for c in causes)
     reason = first_line(causes[-1])
+    if "No completion plugin" in text:  # for the shell in -sc install=SHELL
+        return text
     if override := getattr(e, "override", None):  # set by Hydra's parser
         return f"{override}: cannot be parsed; give KEY=VALUE, in quotes for the shell"
+    if plugin := re.search(r"Could not find 'hydra/(\w+)/(\w+)'", text):
+        rule = "no such option"
+        if extra := _PLUGINS.get(plugin[2]):
+            rule = f"not installed; pip install 'vgan[{extra}]'"
+        return f"hydra/{plugin[1]}={plugin[2]}: {rule}"
     if option := re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text):
         return _no_such_option(option[1], option[2])
     if missing := re.search(r"issing mandatory value: (\S+)(?:.*?full_key: (\S+))?", text, re.S):
