@@ -25,6 +25,7 @@ from vgan import cli
 from vgan.config import TrackerConfig
 from vgan.runs.trackers import start_tracker
 from vgan.runtime.errors import UserError
+from vgan.runtime.extras import install_extra
 
 SHORT = ["total_kimg=0.08", "snapshot_kimg=0.04"]
 LONGER = ["total_kimg=0.16", "snapshot_kimg=0.04"]
@@ -284,7 +285,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(
     assert e.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"tracker={name}" in line
-    assert f"pip install 'vgan[{name}]'" in line
+    assert install_extra(name) in line
     assert not run_dir.exists()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vgan.config import DataConfig, TrainConfig
 from vgan.runtime.errors import first_line
+from vgan.runtime.extras import install_extra
 from vgan.schema import CONFIG_DIR, explained_keys
 
 INTROS = {
@@ -152,7 +153,7 @@ def usage_line(e: BaseException, argv: Sequence[str], schema: type) -> str:
     if plugin := re.search(r"Could not find 'hydra/(\w+)/(\w+)'", text):
         rule = "no such option"
         if extra := _PLUGINS.get(plugin[2]):
-            rule = f"not installed; pip install 'vgan[{extra}]'"
+            rule = f"not installed; {install_extra(extra)}"
         return f"hydra/{plugin[1]}={plugin[2]}: {rule}"
     if option := re.search(r"Could not find '(?:[^']*/)?([^'/]+)/([^'/]+)'", text):
         return _no_such_option(option[1], option[2])

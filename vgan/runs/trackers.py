@@ -16,6 +16,7 @@ from PIL import Image
 from vgan.config import TrackerConfig
 from vgan.runtime.distributed import print0, rank
 from vgan.runtime.errors import UserError, first_line
+from vgan.runtime.extras import install_extra
 from vgan.runtime.files import write_atomically
 from vgan.runtime.nested import flatten
 
@@ -222,7 +223,7 @@ def _prepare(name: str) -> tuple[type[Exception], ...]:
     try:
         return TRACKERS[name].prepare()
     except ImportError as e:
-        fix = f"pip install 'vgan[{name}]', or give tracker=none"
+        fix = f"{install_extra(name)}, or give tracker=none"
         raise UserError(f"tracker={name}: cannot be imported ({first_line(e)}); {fix}") from e
 
 
