@@ -90,4 +90,4 @@ def test_adaptive_strength_is_part_of_checkpoints() -> None:
 
 def test_default_gamma_of_cifar10() -> None:
     assert default_gamma(32, 256) == pytest.approx((0.2, 0.1))
-    assert default_gamma(64, 64) == pytest.approx((1.6, 0.8))
+    assert default_gamma(64, 16) == pytest.approx((6.4, 3.2))
