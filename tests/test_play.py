@@ -412,6 +412,77 @@ def test_what_went_wrong_is_said_in_one_line(
     errors.clear()
 
 
+@pytest.mark.browser
+@WITHOUT_CHROMIUM
+def test_the_page_responds_while_images_are_computed(open_page: Any, folder: Path) -> None:
+    page = open_page(folder.as_uri() + "/index.html")
+    gap, total, left = page.evaluate(
+        """async () => {
+          const n = 1024;
+          const z = new Float32Array(n * info.z_dim), c = new Float32Array(n * info.labels.length);
+          const begin = performance.now();
+          let last = begin, gap = 0;
+          const tick = () => {
+            gap = Math.max(gap, performance.now() - last);
+            last = performance.now();
+          };
+          const timer = setInterval(tick);
+          await backend.draw(z, c, n, false);
+          clearInterval(timer);
+          tick();
+          return [gap, last - begin, z.length + c.length];
+        }"""
+    )
+    assert total > 100  # ms: long enough to tell
+    assert gap < total / 4
+    assert left == 0  # moved to the worker, not copied
+    assert (
+        page.evaluate("[typeof vganModel, typeof vganRuntime, typeof vganWorker]")
+        == ["undefined"] * 3
+    )
+
+
+@pytest.mark.browser
+@WITHOUT_CHROMIUM
+def test_an_error_while_drawing_is_one_line_and_drawing_goes_on(
+    open_page: Any, folder: Path
+) -> None:
+    page = open_page(folder.as_uri() + "/index.html")
+    said = page.evaluate(
+        "backend.draw(new Float32Array(3), new Float32Array(0), 1, false).catch(e => e.message)"
+    )
+    assert "3" in said
+    assert "\n" not in said
+    page.click("#new")
+    idle(page)
+    assert page.inner_text("#status") == "Images 16 to 31"
+
+
+@pytest.mark.browser
+@WITHOUT_CHROMIUM
+def test_a_worker_that_cannot_start_is_one_line(
+    open_page: Any, folder: Path, tmp_path: Path, errors: list[str]
+) -> None:
+    def error(page: Page) -> str:
+        page.locator("#error").wait_for()
+        return str(page.inner_text("#error"))
+
+    rule = r"the model cannot be started in this browser \(.+\); use a current one, or vgan-demo"
+    page = open_page("about:blank", ready=False)
+    page.add_init_script("delete globalThis.Worker")
+    page.goto(folder.as_uri() + "/index.html")
+    assert re.fullmatch(rule, error(page))
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    address = broken.as_uri() + "/index.html"
+    model = 'globalThis.vganModel = { latents: "AAAA", generator: "AAAA" };'
+    (broken / "model.js").write_text(model)
+    assert re.fullmatch(rule, error(open_page(address, ready=False)))
+    (broken / "runtime.js").write_text('globalThis.vganWorker = "not a script";')
+    assert re.fullmatch(rule, error(open_page(address, ready=False)))
+    assert len(errors) == 1  # of Chromium itself, about the script
+    errors.clear()
+
+
 # --- without a browser --------------------------------------------------------------------------
 
 

@@ -12,8 +12,10 @@ from vgan.models.generator import GeneratorBase
 from vgan.runtime.images import height_width
 
 # What the page may load besides its own script and style: a server's answers, or the scripts in
-# its folder, one that is unpacked from them, and the runtime's WebAssembly.
+# its folder, and a worker from them. A worker has the page's policy: script-src allows it the
+# module of the runtime, which is unpacked to a Blob, and WebAssembly.
 _SCRIPTS = {"server": "", "static": "'self' blob: 'wasm-unsafe-eval'"}
+_WORKERS = {"server": "'none'", "static": "blob:"}
 _CONNECT = {"server": "'self'", "static": "'none'"}
 
 
@@ -69,11 +71,13 @@ def render_page(info: PageInfo, backend: str, sources: Sequence[str] = ()) -> st
     """
     style, script = asset("play.css"), asset(f"play_{backend}.js", "play.js")
     scripts = Markup(_SCRIPTS[backend] + " ") + digest(script)
-    policy = Markup("style-src {}; script-src {}; connect-src {}")
+    policy = Markup("style-src {}; script-src {}; worker-src {}; connect-src {}")
     attention = info.attention and dict(zip(("heads", "h", "w"), info.attention))
     return render(
         "play.html",
-        policy=policy.format(digest(style), scripts, Markup(_CONNECT[backend])),
+        policy=policy.format(
+            digest(style), scripts, Markup(_WORKERS[backend]), Markup(_CONNECT[backend])
+        ),
         info=info,
         data=asdict(info) | {"attention": attention},
         static=backend == "static",

@@ -1,13 +1,14 @@
 """The command vgan-export, and its page that draws images in the browser (to=html).
 
 The page is a folder of files for any web server, or to open from a disk. The browser computes the
-images with onnxruntime-web. A page from a disk may load scripts but fetch nothing. Graphs and
-runtime are therefore scripts too, which contain gzipped base64.
+images with onnxruntime-web in a Web Worker. A page from a disk may load scripts but fetch nothing.
+Graphs, runtime and the worker's script are therefore texts in scripts, the large ones gzipped.
 """
 
 import base64
 import gzip
 import hashlib
+import json
 import shutil
 import subprocess
 import tarfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from vgan.apps.page import PageInfo, page_info, render_page
+from vgan.apps.templates import asset
 from vgan.config import ExportConfig
 from vgan.data.packed import default_cache_dir
 from vgan.inference import export as files
@@ -25,7 +27,7 @@ from vgan.runtime.errors import UserError
 from vgan.runtime.files import check_folder, write_atomically, write_folder
 
 RUNTIME = "1.30.0"  # version of onnxruntime-web
-BATCH = 4  # images at once; between two batches the page handles input
+BATCH = 4  # images at once; more take more of the browser's memory
 PAGE = ("index.html", "model.js", "runtime.js", "wasm.js")  # the files of such a page
 LICENSE = "runtime-LICENSE.txt"
 # The files of the runtime, and their SHA-256 in version RUNTIME, for those that are downloaded.
@@ -38,7 +40,7 @@ _FILES = {
         "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"
     ),
 }
-_MIT = """onnxruntime-web (runtime.js and what wasm.js holds): MIT License
+_MIT = """onnxruntime-web (in runtime.js and wasm.js): MIT License
 
 Copyright (c) Microsoft Corporation
 
@@ -95,10 +97,11 @@ def write_page(out: Path, info: PageInfo, graphs: dict[str, bytes], runtime: Pat
     """
     check_out(out)
     script, module, wasm = ((runtime / name).read_bytes() for name in _FILES)
+    worker = script.decode(errors="replace") + str(asset("play_worker.js"))
     contents = {
         "index.html": render_page(info, "static", PAGE[1:]).encode(),
         "model.js": _pack("vganModel", graphs),
-        "runtime.js": script,
+        "runtime.js": f"globalThis.vganWorker = {json.dumps(worker)};\n".encode(),
         "wasm.js": _pack("vganRuntime", {"mjs": module, "wasm": wasm}),
         LICENSE: _MIT.encode(),
     }
