@@ -2,6 +2,7 @@
 
 import io
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,11 @@ def picture(rng: random.Random) -> bytes:
             mode = rng.choice(MODES)
             image = Image.fromarray(noise)
             image = (image.convert("L") if mode in ("1", "I;16") else image).convert(mode)
-            image.save(buffer, format=rng.choice(FORMATS))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # for mode I as PNG
+                image.save(buffer, format=rng.choice(FORMATS))
+            with Image.open(buffer) as written:  # Pillow 12 writes some that it cannot read
+                written.load()
         except (OSError, ValueError, KeyError):  # that mode cannot be had in that format
             continue
         return buffer.getvalue()

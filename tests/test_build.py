@@ -116,8 +116,8 @@ def fake_set(size: tuple[int, int], attributes: bool) -> type:
 
 
 @pytest.mark.parametrize(
-    "option", [name for name in GROUPS["data"] if name != "webdataset"]
-)  # which test_stream.py trains on
+    "option", [name for name in GROUPS["data"] if name not in ("webdataset", "hf")]
+)  # which test_stream.py and test_hub_sets.py train on
 def test_data_sets_build_and_take_a_step(
     option: str, monkeypatch: pytest.MonkeyPatch, pictures_npy: Path, tmp_path: Path
 ) -> None:

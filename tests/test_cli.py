@@ -341,7 +341,7 @@ def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str,
         ),
         ("model.discriminator.patch_px=4", "model.discriminator.patch_px=4: must be from 16"),
         ("model.discriminator.patch_px=far", "model.discriminator.patch_px=far: must be"),
-        ("data.resolution=17", "data.resolution=17: must be one of 16"),
+        ("data.resolution=17", "data.resolution=17: must be N or .H,W. from 16 to 1024 px"),
         ("data.size=1", "training needs at least 2"),
         (
             "optim.optimizer._target_=torch.optim.Atom",

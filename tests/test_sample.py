@@ -337,7 +337,7 @@ def test_sheets_of_maps(ckpt: Path, tmp_path: Path) -> None:
         ),
         (["show=patches", "motion=walk"], "show=patches: goes with motion=null"),
         (["query=[1,1]"], "goes with show=attention"),
-        (["show=attention", "query=[16,0]"], "in pixels from 0 to 15"),
+        (["show=attention", "query=[16,0]"], "in pixels below 16 and 16"),
         (["motion=walk", "loop=false", "out=x.gif"], "loop=False: goes with motion=interpolate"),
         (
             ["motion=walk", "frames=1", "zoom=2000", "out=x.webp"],

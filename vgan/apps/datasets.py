@@ -77,7 +77,8 @@ def info(source: Source, found: Survey) -> list[str]:
         facts["commit"] = f"{source.version} (data.revision=... stays with it)"
     size_mb = found.good * height * width * source.img_channels / 1e6
     color = CHANNELS[source.img_channels]
-    facts["packed"] = f"{height} x {width} px (height x width), {color}, {size_mb:,.1f} MB"
+    order = "" if height == width else " (height x width)"
+    facts["packed"] = f"{height} x {width} px{order}, {color}, {size_mb:,.1f} MB"
     facts |= originals(found, format_px(source.img_resolution))
     if source.label_names:
         facts["classes"] = classes(found.per_class(len(source.label_names)), source.label_names)
