@@ -387,6 +387,7 @@ def test_a_mapped_file_is_read_row_by_row_and_a_shortened_one_noticed(tmp_path: 
 class FakeSet:
     classes = ("cat", "dog")
     attr_names = ("Smiling", "Male", "Young", "")
+    attr = torch.tensor([[i & 1, i >> 1, 0] for i in range(4)])
 
     def __init__(self, root: str, **_: object) -> None:
         self.root = root
@@ -425,6 +426,16 @@ def test_cifar10_and_celeba_through_torchvision(
     assert faces.read(3)[0].shape == (32, 32, 3)
     with pytest.raises(UserError, match="did you mean Smiling"):
         torchvision_sets.CelebA(str(tmp_path), 32, attributes=["Smilling"])
+    with pytest.raises(UserError, match=r"data.conditions=Smilling: .*did you mean Smiling"):
+        torchvision_sets.CelebA(str(tmp_path), 32, conditions=["Smilling"])
+    with pytest.raises(UserError, match="cannot be combined"):
+        torchvision_sets.CelebA(str(tmp_path), 32, attributes=["Male"], conditions="all")
+    with pytest.raises(UserError, match="column Young is the same for all images"):
+        torchvision_sets.CelebA(str(tmp_path), 32, conditions="all")
+    both = torchvision_sets.CelebA(str(tmp_path), 32, conditions=["Male", "Smiling"])
+    assert (both.label_names, both.condition_names) == ((), ("Male", "Smiling"))
+    assert both.conditions.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert both.fingerprint() != torchvision_sets.CelebA(str(tmp_path), 32).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -520,6 +531,9 @@ def test_celeba_comes_from_the_mirror_where_google_drive_refuses(
     reds = [int(faces.read(i)[0][16, 16, 0]) for i in (7, 0, 3, 6)]  # in any order
     assert reds == [30, 0, 30, 20]
     assert faces.read(5)[0][0, 0].tolist() == [10, 100, 0]
+    both = torchvision_sets.CelebA(root, 32, conditions="all")
+    assert both.condition_names == ("Smiling", "Male")
+    assert both.conditions.tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]] * 2
     for name in ("HfApi", "hf_hub_download"):  # the second time no network is needed
         monkeypatch.setattr(f"huggingface_hub.{name}", None)
     assert len(torchvision_sets.CelebA(root, 32)) == 8

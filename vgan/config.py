@@ -222,6 +222,10 @@ class SampleConfig:
         "class by number or name, or a list to cycle through: [cat,dog]; null: all classes, by "
         "the index of the image"
     )
+    condition: Any = key(
+        "conditions in the units of the data: [0.5,1], {age: 0.5} with means for the rest, or a "
+        "list of those to cycle through; null: those of training images"
+    )
     truncation: float = key("scale of z: 1 as trained; lower is less varied", between(0, 1))
     out: str = key(
         ".png: one grid; .npy or .zip: single images; .gif, .webp or .mp4: a film; else a folder "
@@ -229,7 +233,7 @@ class SampleConfig:
     )
     latent: Any = key(
         ".npy file of latents, or a list of them, instead of seeds: z of each image in a row, then "
-        "perhaps its one-hot class, as vgan-invert writes them"
+        "perhaps its c, as vgan-invert writes them"
     )
     motion: str | None = key(
         "film: interpolate (between images), classes (one z, all labels), walk (random) or "
@@ -336,7 +340,7 @@ class ExportConfig:
         "an organization has set another"
     )
     input: str = key(
-        "z (latents and one-hot c) or numbers (indices in vgan-sample's series, and labels; "
+        "z (latents and c) or numbers (indices in vgan-sample's series, and labels; "
         "torchscript on CPUs only)",
         one_of("z", "numbers"),
     )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from vgan.config import DataConfig
+from vgan.data.conditions import Conditions
 from vgan.data.hub import HubImages
 from vgan.data.open import build_dataset, build_source
 from vgan.data.source import CHANNELS, Source
@@ -82,6 +83,9 @@ def info(source: Source, found: Survey) -> list[str]:
     facts |= originals(found, format_px(source.img_resolution))
     if source.label_names:
         facts["classes"] = classes(found.per_class(len(source.label_names)), source.label_names)
+    elif source.condition_names:
+        conditions = Conditions.of(source.conditions, source.condition_names)
+        facts["conditions"] = conditions.describe()
     groups = [" = ".join(group) for group in found.duplicates]
     facts["duplicates"] = f"{found.copies:,}" + _named("groups", groups)
     facts["digest"] = found.digest

@@ -142,8 +142,10 @@ def examine_data(report: Report, cfg: TrainConfig) -> Dataset | None:
     what = f"{len(dataset):,} of {format_px(dataset.img_resolution)}, {color}{stream}"
     report.line("images", f"{dataset.name}: {what}")
     report.line("packed", f"{format_bytes(dataset.images.nbytes)} in {cache_dir_of(cfg.data)}")
-    if dataset.label_dim:
+    if dataset.label_names:
         examine_classes(report, dataset)
+    elif dataset.conditions:
+        report.line("conditions", dataset.conditions.describe())
     examine_duplicates(report, dataset)
     if count < MIN_IMAGES and not dataset.stream:
         few = f"only {count:,} images to train on: below about {MIN_IMAGES:,}, GANs overfit"

@@ -74,7 +74,7 @@ def _config_json(state: dict[str, Any]) -> bytes:
         "vgan_version": vgan.__version__,
         "generator": state["config"]["model"]["generator"],
         "sizes": state["sizes"],
-        "data": state["data"],
+        "data": {k: v for k, v in state["data"].items() if k != "conditions"},
         "images_seen": state["cur_nimg"],
         "training": state["config"],
     }

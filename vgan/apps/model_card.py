@@ -45,8 +45,8 @@ class Samples(NamedTuple):
 def choose_samples(G: GeneratorBase) -> Samples:
     """Return 8 rows of images, or 4 of large ones; a column for each of 4 to 10 classes."""
     rows = 8 if max(height_width(G.img_resolution)) <= 64 else 4
-    by_class = 4 <= G.label_dim <= 10
-    columns = G.label_dim if by_class else rows
+    by_class = 4 <= len(G.label_names) <= 10
+    columns = len(G.label_names) if by_class else rows
     return Samples(rows * columns, columns, by_class)
 
 
@@ -80,7 +80,8 @@ def render_card(
         z_dim=G.z_dim,
         parameters=f"{sum(p.numel() for p in G.parameters()):,}",
         network=_network(state["config"]),
-        classes=[_one_line(label) for label in G.label_names] if G.label_dim else [],
+        classes=[_one_line(label) for label in G.label_names],
+        conditions=[_one_line(name) for name in G.conditions.names] if G.conditions else [],
         data_name=_one_line(data.get("name")),
         data_digest=_one_line(data.get("digest")),
         images_seen=f"{state['cur_nimg']:,}",

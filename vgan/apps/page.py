@@ -9,6 +9,7 @@ from markupsafe import Markup
 import vgan
 from vgan.apps.templates import asset, digest, render
 from vgan.models.generator import GeneratorBase
+from vgan.runtime.errors import UserError
 from vgan.runtime.images import height_width
 
 # What the page may load besides its own script and style: a server's answers, or the scripts in
@@ -48,7 +49,13 @@ def page_info(
     batch: int,
     license: str | None = None,
 ) -> PageInfo:
-    """Return the PageInfo of a generator from the `state` of its model."""
+    """Return the PageInfo of a generator from the `state` of its model.
+
+    Raises UserError for a model with conditions, which the page cannot set.
+    """
+    if G.conditions:
+        rule = "the page has no controls for conditions"
+        raise UserError(f"ckpt: {rule}; use vgan-sample condition=[...]")
     height, width = height_width(G.img_resolution)
     return PageInfo(
         title=title,
@@ -57,7 +64,7 @@ def page_info(
         width=width,
         channels=G.img_channels,
         z_dim=G.z_dim,
-        labels=G.label_names if G.label_dim else (),
+        labels=G.label_names,
         attention=attention,
         batch=batch,
         license=license,

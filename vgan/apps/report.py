@@ -164,12 +164,14 @@ def _facts(log: RunLog) -> dict[str, str]:
 
 
 def _data(log: RunLog, start: dict[str, Any]) -> str:
-    images, classes = (number(start.get("data"), name) for name in ("images", "label_dim"))
+    images, label_dim = (number(start.get("data"), name) for name in ("images", "label_dim"))
     parts = [str(log.setting("data.name"))]
     found = start["data"].get("img_resolution") if isinstance(start.get("data"), dict) else None
     with contextlib.suppress(ValueError, TypeError):  # a file that somebody changed
         parts.append(format_px(parse_resolution(found or log.setting("data.resolution"))))
-    for value, unit in ((images, "images"), (classes, "classes")):
+    has_conditions = isinstance(start.get("data"), dict) and start["data"].get("conditions")
+    labels = "conditions" if has_conditions else "classes"
+    for value, unit in ((images, "images"), (label_dim, labels)):
         if value:
             parts.append(f"{value:,.0f} {unit}")
     return ", ".join(parts)

@@ -71,14 +71,14 @@ def export(cfg: ExportConfig) -> Path:
         return files.export(cfg)
     out = Path(cfg.out or find_model(cfg.ckpt).stem).expanduser()
     check_out(out)
-    runtime = find_runtime(cfg.runtime, default_cache_dir())
     title, _, state = load_model(cfg.ckpt)
     G = restore_generator(state, torch.device("cpu"))
     generator, attention = files.generator_onnx(G)
     run = files.onnx_run(generator)
+    info = page_info(G, title, state, attention, BATCH, cfg.license)
+    runtime = find_runtime(cfg.runtime, default_cache_dir())  # last, since it may download
     agreement = files.parity(G, files.FromLatent(G), "z", cfg.seed, run, cfg.to)
     graphs = {"latents": files.latents_onnx(G, cfg.seed), "generator": generator}
-    info = page_info(G, title, state, attention, BATCH, cfg.license)
     size = write_page(out, info, graphs, runtime)
     print(f"{out / 'index.html'}  {size / 1e6:,.1f} MB in all, {agreement}")
     return out

@@ -42,6 +42,13 @@ class CelebAMirror:
         self._groups: OrderedDict[int, dict[str, list[Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def attr(self) -> np.ndarray:
+        """The attributes of all images, 0 or 1, int64 (N, 40)."""
+        tables = [file.read(columns=self.attr_names) for file in self._files]
+        columns = [[table.column(name).to_numpy() for table in tables] for name in self.attr_names]
+        return np.stack([np.concatenate(parts) > 0 for parts in columns], axis=1).astype(np.int64)
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from vgan.data.conditions import check_conditions
 from vgan.data.preprocess import MOST_BYTES, RULES, UNREADABLE, examine_file, prepare_image
 from vgan.data.source import BadImage, Examined, Source, check_image_settings, natural_key
 from vgan.runtime.errors import UserError
@@ -20,9 +21,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 class Folder(Source):
     """Images under `path`: a folder of any depth, a zip, or a uint8 .npy (N, H, W, C) or (N, H, W).
 
-    labels: 'folders' makes every first-level sub-folder a class. The path of an integer .npy (N,)
-    gives labels in the order of the images. 'none' ignores labels. 'auto' takes X_labels.npy next
-    to X.npy or X_images.npy, if there is one.
+    labels: 'folders' makes every first-level sub-folder a class. The path of a .npy gives what
+    comes with each image, in their order: classes as integers (N,), or conditions as floats (N,) or
+    as any numbers (N, k), of which 0 and 1 stand for several classes at once. 'none' ignores
+    labels. 'auto' takes X_labels.npy next to X.npy or X_images.npy, if there is one.
 
     Images are prepared by the rules of `prepare_image`. Hidden files and files without an image
     suffix are ignored. Raises UserError if there is nothing to train on.
@@ -70,7 +72,7 @@ class Folder(Source):
         return len(self._members) if self._array is None else len(self._array)
 
     def examine(self, i: int) -> Examined:
-        label = int(self._labels[i]) if self._labels is not None else 0
+        label = int(self._labels[i]) if self.label_names and self._labels is not None else 0
         if self._array is None:
             name = self._members[i]
             try:
@@ -159,7 +161,10 @@ class Folder(Source):
         return content
 
     def _find_labels(self, labels: str) -> np.ndarray | None:
-        """Return the label of every image and set label_names; None without labels."""
+        """Return what comes with every image; None without labels.
+
+        Sets label_names, or condition_names and conditions.
+        """
         if labels == "none":
             return None
         if labels == "folders":
@@ -183,13 +188,20 @@ class Folder(Source):
         except UNREADABLE as e:
             reason = "no such file" if not path.exists() else "not a readable .npy"
             raise UserError(
-                f"{shown}: {reason}; give auto, none, folders or an integer .npy (N,)"
+                f"{shown}: {reason}; give auto, none, folders or a .npy of numbers (N,) or (N, k)"
             ) from e
-        integers = array.shape == (len(self),) and np.issubdtype(array.dtype, np.integer)
-        if not integers or array.min() < 0:
+        is_float, ndim = array.dtype.kind == "f", array.ndim
+        are_conditions = (is_float and ndim == 1) or (array.dtype.kind in "biuf" and ndim == 2)
+        if are_conditions and len(array) == len(self):
+            columns = array.reshape(len(array), -1)
+            names = tuple(str(i) for i in range(columns.shape[1]))
+            self.conditions = check_conditions(columns, names, shown)
+            self.condition_names = names
+            return self.conditions
+        if array.shape != (len(self),) or array.dtype.kind not in "iu" or array.min() < 0:
             raise UserError(
-                f"{shown}: holds {array.dtype} {array.shape}; must be integers from 0, "
-                f"one for each of the {len(self)} images"
+                f"{shown}: holds {array.dtype} {array.shape}; must be integers from 0 (N,) for "
+                f"classes or numbers (N, k) for conditions, with N = {len(self)}, as many as images"
             )
         if array.max() >= 10_000:
             raise UserError(

@@ -18,7 +18,10 @@ _BLOCK = 4096  # images whose order is computed at once
 
 
 class Batch(NamedTuple):
-    """Reals (N, C, H, W) in [-1, 1], one-hot classes (N, label_dim) and random numbers."""
+    """Reals (N, C, H, W) in [-1, 1], c (N, label_dim) and random numbers.
+
+    c: one-hot classes or standardized conditions.
+    """
 
     real: Tensor
     c: Tensor
@@ -63,7 +66,7 @@ class Loader:
         self._count = len(dataset) - holdout
         self._pin = device.type == "cuda"
         self.waited_s = 0.0
-        self._one_hot = torch.eye(dataset.label_dim, device=device)
+        self._c_table = dataset.c_table().to(device)
         self._labels = torch.from_numpy(dataset.labels)
         self._held: Tensor | None = None
         self._file: int | None = None
@@ -103,8 +106,8 @@ class Loader:
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
         """Return images cur_nimg .. cur_nimg + batch_size - 1 of the run, or this share of them.
 
-        Float32 (N, C, H, W) in [-1, 1], channels-last, and one-hot classes (N, label_dim), both on
-        the device. Nothing waits for the device: copies come from pinned memory.
+        Float32 (N, C, H, W) in [-1, 1], channels-last, and c (N, label_dim), both on the device.
+        Nothing waits for the device: copies come from pinned memory.
         """
         if self._held is not None:
             items = self._to_device(self.items(cur_nimg))
@@ -112,9 +115,7 @@ class Loader:
         else:
             pixels, labels = (self._to_device(x) for x in self._read_ahead(cur_nimg))
         real = to_float(pixels.permute(0, 3, 1, 2))  # the memory below is channels-last already
-        if self._dataset.label_dim == 0:
-            return real, real.new_zeros(len(real), 0)
-        return real, self._one_hot[labels]
+        return real, self._c_table[labels]
 
     def close(self) -> None:
         """Stop the reading threads, if there are any."""

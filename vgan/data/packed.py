@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from vgan.data.conditions import Conditions
 from vgan.data.source import BadImage, Dataset, Source, read_in_order
 from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError
@@ -73,7 +74,14 @@ def _open(folder: Path) -> Dataset:
         same_count = len(images) == len(labels) == meta["count"]
         if not same_count or images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError("counts differ")
-        return Dataset(meta["name"], images, labels, tuple(meta["label_names"]), meta["digest"])
+        conditions = None
+        if names := meta.get("condition_names"):
+            values = np.load(folder / "conditions.npy")
+            if values.shape != (len(images), len(names)):
+                raise ValueError("counts differ")
+            conditions = Conditions.of(values, names)
+        label_names = tuple(meta["label_names"])
+        return Dataset(meta["name"], images, labels, label_names, meta["digest"], conditions)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as e:
         raise UserError(f"{folder}: damaged cache; delete this folder to pack it again") from e
 
@@ -88,10 +96,10 @@ def _pack_into(source: Source, final: Path) -> None:
         raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     work = Path(tempfile.mkdtemp(prefix=".packing-", dir=final.parent))
     try:
-        digest, labels, bad = hashlib.sha256(), [], []
+        digest, items, labels, bad = hashlib.sha256(), [], [], []
         with open(work / "images.npy", "wb") as f:
             _write_header(f, source, len(source))
-            for item in read_in_order(source.read, range(len(source)), "packing"):
+            for i, item in enumerate(read_in_order(source.read, range(len(source)), "packing")):
                 if isinstance(item, BadImage):
                     bad.append(str(item))
                     continue
@@ -101,13 +109,14 @@ def _pack_into(source: Source, final: Path) -> None:
                 content = pixels.tobytes()
                 digest.update(content)
                 f.write(content)
+                items.append(i)
                 labels.append(label)
             _report_bad(source, bad, len(labels))
             f.seek(0)
             _write_header(f, source, len(labels))  # in place: numpy pads the header for any count
             f.flush()
             os.fsync(f.fileno())
-        _finish(work, source, digest, labels)
+        _finish(work, source, digest, *source.targets(items, labels))
         try:
             os.rename(work, final)
         except OSError:
@@ -123,15 +132,20 @@ def _write_header(f: BinaryIO, source: Source, count: int) -> None:
     np.lib.format.write_array_header_1_0(f, header)
 
 
-def _finish(work: Path, source: Source, digest: "hashlib._Hash", labels: list[int]) -> None:
-    """Write labels.npy and then meta.json, which marks the folder as complete."""
-    array = np.array(labels, dtype=np.int64)
-    digest.update(array.tobytes())
-    np.save(work / "labels.npy", array)
+def _finish(
+    work: Path, source: Source, digest: "hashlib._Hash", labels: np.ndarray, conditions: np.ndarray
+) -> None:
+    """Write labels and conditions, and then meta.json, which marks the folder as complete."""
+    digest.update(labels.tobytes())
+    digest.update(conditions.tobytes())
+    np.save(work / "labels.npy", labels)
+    if source.condition_names:
+        np.save(work / "conditions.npy", conditions)
     meta = {
         "name": source.name,
         "count": len(labels),
         "label_names": list(source.label_names),
+        "condition_names": list(source.condition_names),
         "digest": digest.hexdigest(),
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

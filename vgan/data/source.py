@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 
+from vgan.data.conditions import Conditions
 from vgan.runtime.console import progress_bar
 from vgan.runtime.errors import UserError, first_line
 from vgan.runtime.images import Resolution, height_width, parse_resolution
@@ -56,7 +57,9 @@ class Source(ABC):
     name: str  # short, for folder names and messages
     img_resolution: Resolution
     img_channels: int  # 1 (grey), 3 (RGB) or 4 (RGBA, colours multiplied by alpha)
-    label_names: tuple[str, ...] = ()  # empty: no labels
+    label_names: tuple[str, ...] = ()  # empty: no classes
+    condition_names: tuple[str, ...] = ()  # empty: no conditions; a source has one of both at most
+    conditions: np.ndarray  # float32 (len(self), number of conditions), if there are any
     skip_bad: bool = False  # omit unreadable items instead of stopping
     sequential: bool = False  # whether reading an item again reads all before it again
 
@@ -66,7 +69,7 @@ class Source(ABC):
     def read(self, i: int) -> tuple[np.ndarray, int]:
         """Return item i as uint8 (H, W, img_channels) and its label.
 
-        The label is 0 without labels. Raises BadImage if the item cannot be read.
+        The label is 0 without classes. Raises BadImage if the item cannot be read.
         """
         item = self.examine(i)
         return item.pixels, item.label
@@ -82,6 +85,15 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Return a hex digest of all that determines pixels and labels, without reading images."""
 
+    def targets(self, items: Sequence[int], labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what comes with readable items: labels int64 (N,) and conditions float32 (N, k).
+
+        labels: as `read` returns them. With conditions, the label of an image is its row of them.
+        """
+        if not self.condition_names:
+            return np.array(labels, dtype=np.int64), np.zeros((len(labels), 0), np.float32)
+        return np.arange(len(items)), np.ascontiguousarray(self.conditions[items])
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -89,9 +101,10 @@ class Dataset:
 
     name: str
     images: np.ndarray  # memory map, uint8 (N, H, W, C)
-    labels: np.ndarray  # int64 (N,)
-    label_names: tuple[str, ...]  # empty: no labels
-    digest: str  # sha256 of pixels and labels
+    labels: np.ndarray  # int64 (N,): rows of `c_table`
+    label_names: tuple[str, ...]  # of the classes; empty: no classes
+    digest: str  # sha256 of pixels, labels and conditions
+    conditions: Conditions | None = None
     stream: Any = None  # vgan.data.webdataset.Shards if `images` are only its first images
 
     def __len__(self) -> int:
@@ -118,9 +131,9 @@ class Dataset:
         Classes alternate. There are fewer than n if the data set is smaller.
         """
         items = np.arange(min(n, len(self)))
-        if self.label_dim > 1:
+        if len(self.label_names) > 1:
             nth_of_class = np.zeros(len(self), dtype=np.int64)
-            for label in range(self.label_dim):
+            for label in range(len(self.label_names)):
                 of_class = self.labels == label
                 nth_of_class[of_class] = np.arange(of_class.sum())
             items = np.lexsort((self.labels, nth_of_class))[:n]
@@ -138,7 +151,14 @@ class Dataset:
 
     @property
     def label_dim(self) -> int:
-        return len(self.label_names)
+        """The width of c: the number of classes or of conditions, or 0."""
+        return len(self.conditions.names if self.conditions else self.label_names)
+
+    def c_table(self) -> torch.Tensor:
+        """Return the c (label_dim,) of every label, in a row: one-hot classes or conditions."""
+        if self.conditions:
+            return self.conditions.standardize(self.conditions.values)
+        return torch.eye(self.label_dim) if self.label_names else torch.zeros(1, 0)
 
 
 def read_in_order(

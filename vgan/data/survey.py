@@ -77,7 +77,8 @@ def survey(source: Source, most: int | None = None) -> Survey:
             found.small.append(f"{item.name} ({item.size[0]} x {item.size[1]})")
     found.duplicates = groups.duplicates()
     if len(items) == count:  # the same digest as in vgan.data.packed
-        packed.update(np.array(list(found.labels.values()), dtype=np.int64).tobytes())
+        for target in source.targets(list(found.labels), list(found.labels.values())):
+            packed.update(target.tobytes())
         found.digest = packed.hexdigest()
     return found
 

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vgan.data import celeba_mirror
+from vgan.data.conditions import check_conditions
 from vgan.data.preprocess import prepare_image
 from vgan.data.source import Examined, Source, check_image_settings
 from vgan.runtime.distributed import print0
@@ -67,6 +70,10 @@ def _fetch_celeba(root: Path) -> Any:
         return _fetch(from_mirror, "celeba", root, _CELEBA_FIX)
 
 
+def _listed(names: Sequence[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 class Cifar10(Source):
     """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), downloaded into `root`."""
 
@@ -104,6 +111,7 @@ class CelebA(Source):
 
     crop: shorter side in px of what is cropped before resizing. attributes, such as ['Smiling',
     'Male'], make every combination a class: 2^k classes, named such as 'Smiling, not Male'.
+    conditions, a list of attributes or 'all', gives each as a number, 1 or 0, to the networks.
     """
 
     def __init__(
@@ -112,16 +120,25 @@ class CelebA(Source):
         resolution: int | Sequence[int] = 64,
         crop: int = 178,
         attributes: Sequence[str] = (),
+        conditions: Sequence[str] | str = (),
     ) -> None:
         self.img_resolution, self.img_channels = check_image_settings(resolution), 3
         if not 16 <= crop <= 178:
             raise UserError(
                 f"data.crop={crop}: must be from 16 to 178, the width of the images of CelebA"
             )
+        if attributes and conditions:
+            rule = "cannot be combined with data.attributes; leave one of them out"
+            raise UserError(f"data.conditions={conditions}: {rule}")
         self.name, self._crop = "celeba", crop
         self._set = _fetch_celeba(Path(root).expanduser())
         names = [n for n in self._set.attr_names if n]
-        self._columns = [self._column(a, names) for a in attributes]
+        self._columns = [self._column("attributes", a, names) for a in attributes]
+        if conditions:
+            self.condition_names = tuple(names if conditions == "all" else _listed(conditions))
+            columns = [self._column("conditions", a, names) for a in self.condition_names]
+            values = np.asarray(self._set.attr)[:, columns]
+            self.conditions = check_conditions(values, self.condition_names, "data.conditions")
         if attributes:
             names_of = [
                 ", ".join(a if label >> b & 1 else f"not {a}" for b, a in enumerate(attributes))
@@ -130,12 +147,10 @@ class CelebA(Source):
             self.label_names = tuple(names_of)
 
     @staticmethod
-    def _column(attribute: str, names: list[str]) -> int:
+    def _column(key: str, attribute: str, names: list[str]) -> int:
         if attribute not in names:
             close = difflib.get_close_matches(attribute, names, 3, 0.4) or names[:5]
-            raise UserError(
-                f"data.attributes={attribute}: unknown; did you mean {' or '.join(close)}?"
-            )
+            raise UserError(f"data.{key}={attribute}: unknown; did you mean {' or '.join(close)}?")
         return names.index(attribute)
 
     def __len__(self) -> int:
@@ -149,4 +164,6 @@ class CelebA(Source):
 
     def fingerprint(self) -> str:
         settings = f"celeba train {self.img_resolution} {self._crop} {self.label_names}"
+        if self.condition_names:
+            settings += f" {self.condition_names}"
         return hashlib.sha256(settings.encode()).hexdigest()

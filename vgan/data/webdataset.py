@@ -265,8 +265,7 @@ class ShardLoader:
         self._streams = [_Stream(source, part, seed, counts, self._closed) for part in parts]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"shards-{i}") for i in used]
         self._prefetched: dict[int, list[Future[list[Examined]]]] = {}  # by cur_nimg
-        # Without classes all labels are 0, the only row.
-        self._one_hot = torch.eye(dataset.label_dim or 1, dataset.label_dim, device=device)
+        self._c_table = dataset.c_table().to(device)
         self.waited_s = 0.0
 
     def batch(self, cur_nimg: int) -> tuple[Tensor, Tensor]:
@@ -295,7 +294,7 @@ class ShardLoader:
         self.waited_s += time.perf_counter() - start_s
         pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self._device)
         labels = torch.tensor([image.label for image in images], device=self._device)
-        return to_float(pixels.permute(0, 3, 1, 2)), self._one_hot[labels]
+        return to_float(pixels.permute(0, 3, 1, 2)), self._c_table[labels]
 
     def close(self) -> None:
         """End the threads; pauses end at once, a silent server after shards.TIMEOUT_S seconds."""

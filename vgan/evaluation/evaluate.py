@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vgan.config import EvalConfig
+from vgan.data.conditions import Conditions
 from vgan.data.open import build_dataset
 from vgan.data.packed import default_cache_dir
 from vgan.evaluation.evaluator import Result, make_evaluator, shown_values, write_nearest
@@ -39,11 +40,13 @@ def evaluate(cfg: EvalConfig) -> list[Result]:
             dataset = build_dataset(data)
             sizes = (cfg.n, cfg.repeats, cfg.seed, cfg.batch_size, holdout)
             evaluator = make_evaluator(dataset, device, features, cfg.metrics, *sizes)
-        label_dim = state["sizes"]["label_dim"]
-        if label_dim not in (0, dataset.label_dim):
-            problem = f"has {label_dim} classes, the data has {dataset.label_dim}"
-            raise UserError(f"ckpt={path}: {problem}; use the data of its training")
-        result = evaluator(restore_generator(state, device), precision, default_cache_dir())
+        G = restore_generator(state, device)
+        ours, theirs = (_describe_labels(x.label_dim, x.conditions) for x in (G, dataset))
+        if G.label_dim and ours != theirs:
+            raise UserError(
+                f"ckpt={path}: has {ours}, the data has {theirs}; use the data of its training"
+            )
+        result = evaluator(G, precision, default_cache_dir())
         if hub.is_address(name):
             shown_names.append(name)
         else:
@@ -54,6 +57,10 @@ def evaluate(cfg: EvalConfig) -> list[Result]:
         results.append(result)
     print(table(shown_names, results))
     return results
+
+
+def _describe_labels(label_dim: int, conditions: Conditions | None) -> str:
+    return f"{label_dim} {'conditions' if conditions else 'classes'}"
 
 
 def _data_node(cfg: EvalConfig, state: dict[str, Any]) -> dict[str, Any]:

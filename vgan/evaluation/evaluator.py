@@ -194,13 +194,13 @@ class Evaluator:
         n = min(DIVERSITY_ROWS, len(features), len(rows))
         ratio = mean_pairwise_distance(features[:n]) / mean_pairwise_distance(rows[:n])
         values = {"diversity": ratio}
-        if not self._dataset.label_dim:
+        if not self._dataset.label_names:
             return values
         fake_labels = self.labels(torch.arange(len(features)), seed).to(features.device)
         real_labels = torch.from_numpy(self._dataset.labels[self._items])[self._order]
         real_labels = real_labels.to(features.device)
         ratios = []
-        for label in range(self._dataset.label_dim):
+        for label in range(len(self._dataset.label_names)):
             fakes = features[fake_labels == label][:CLASS_ROWS]
             reals = rows[real_labels == label][:CLASS_ROWS]
             if min(len(fakes), len(reals)) > 1:
@@ -211,7 +211,7 @@ class Evaluator:
         return values
 
     def _classes(self, logits: Tensor | None, seed: int) -> dict[str, float]:
-        if logits is None or logits.shape[1] != self._dataset.label_dim:
+        if logits is None or logits.shape[1] != len(self._dataset.label_names):
             fix = "leave it out or use features=learned"
             raise UserError(f"metrics=classes: these features do not know the classes; {fix}")
         labels = self.labels(torch.arange(len(logits)), seed).to(logits.device)
@@ -228,13 +228,16 @@ class Evaluator:
         return torch.cat([fakes.cpu()[:, None], reals], dim=1).flatten(0, 1)
 
     def labels(self, index: Tensor, seed: int) -> Tensor:
-        """Return the classes (N,) of the fakes `index` (N,): the data's, shuffled by seed."""
+        """Return the labels (N,) of the fakes `index` (N,): the data's, shuffled by seed."""
         labels = torch.from_numpy(self._dataset.labels)
         return labels[permute(index % len(labels), len(labels), seed, index // len(labels))]
 
     def draw(self, G: GeneratorBase, index: Tensor, seed: int, precision: str) -> Tensor:
         """Return the fakes `index` (N,) as uint8 (N, C, H, W) on G's device."""
         labels = self.labels(index, seed) if G.label_dim else None
+        if labels is not None and self._dataset.conditions:
+            scale = G.conditions or self._dataset.conditions  # a model keeps that of its training
+            labels = scale.standardize(self._dataset.conditions.values[labels])
         return draw(G, index, seed, labels, precision=precision)
 
     @torch.no_grad()

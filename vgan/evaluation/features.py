@@ -221,7 +221,7 @@ class ClassifierFeatures(nn.Module):
             self._fit_whitening(dataset, device)
             save_cached(path, {"network": self.state_dict(), "accuracy": self.accuracy})
         content = b"".join(v.cpu().numpy().tobytes() for v in self.state_dict().values())
-        task = "classes" if dataset.label_dim else "quarter turns"
+        task = "classes" if dataset.label_names else "quarter turns"
         size = f"{len(self.mean)} whitened features, digest {sha256(content)[:8]}"
         self.protocol = f"learned from the data's {task}, {size}"
         self.requires_grad_(False).eval()
@@ -242,7 +242,7 @@ class ClassifierFeatures(nn.Module):
                 conv = init_conv(nn.Conv2d(width, next_width, 1), gain=1)
                 self.transitions.append(nn.Sequential(nn.AvgPool2d(2), conv))
             self.transitions.append(nn.Identity())
-            self.head = nn.Linear(sum(widths), dataset.label_dim or 4)
+            self.head = nn.Linear(sum(widths), len(dataset.label_names) or 4)
         self.register_buffer("mean", torch.zeros(sum(widths)))
         self.register_buffer("whiten", torch.eye(sum(widths)))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -258,7 +258,7 @@ class ClassifierFeatures(nn.Module):
         for step, (images, c) in enumerate(self._batches(dataset, device, steps)):
             streams = Streams(0, step * self.BATCH, self.BATCH, device)
             images = augment(images, 1.0, streams, "features")
-            if dataset.label_dim:
+            if dataset.label_names:
                 target = c.argmax(1)
             else:
                 images, target = quarter_turns(images, streams.uniform("turns", 1)[:, 0])

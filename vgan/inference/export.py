@@ -56,6 +56,8 @@ def export(cfg: ExportConfig) -> Path:
         return out
     _, path, state = load_model(cfg.ckpt)
     G = restore_generator(state, torch.device("cpu"))
+    if G.conditions and cfg.input == "numbers" and cfg.to != "safetensors":
+        raise UserError("input=numbers: not for models with conditions; use input=z")
     information = metadata(path, state, cfg.license)
     if cfg.to == "safetensors":
         content, agreement = save_safetensors(G, information), "unchanged weights"

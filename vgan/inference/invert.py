@@ -142,7 +142,7 @@ class Found(NamedTuple):
     """The result of a search. path (steps, z_dim) leads from the best draw to the nearest z."""
 
     path: Tensor
-    c: Tensor  # (label_dim,) one-hot
+    c: Tensor  # (label_dim,)
     start_distance: float  # of the best of all draws
     distance: float
 
@@ -152,7 +152,8 @@ def search(cfg: InvertConfig, G: GeneratorBase, distance: Distance, label: int |
 
     The nearest cfg.starts of cfg.draws random images are improved together by Adam, with a learning
     rate that falls to 0 along a cosine. A prior holds the norm of z near sqrt(z_dim), where the
-    model was trained. label None starts from all classes; each search keeps the class of its start.
+    model was trained. label None starts from all classes, or from the conditions of the examples;
+    each search keeps the c of its start.
     """
     z, c, start_distance = _nearest_draws(cfg, G, distance, label)
     z.requires_grad_(True)
@@ -214,6 +215,6 @@ def _frames(G: GeneratorBase, photo: Tensor, found: Found, hold: int) -> np.ndar
 def _summary(
     cfg: InvertConfig, G: GeneratorBase, found: Found, before: float, after: float, out: Path
 ) -> str:
-    name = f"class {G.label_names[int(found.c.argmax())]}, " if G.label_dim else ""
+    name = f"class {G.label_names[int(found.c.argmax())]}, " if G.label_names else ""
     first = f"best of {cfg.draws:,} draws: distance {found.start_distance:.3f}, {before:.1f} dB"
     return f"{out}  {name}distance {found.distance:.3f}, {after:.1f} dB ({first})"

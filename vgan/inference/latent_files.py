@@ -1,4 +1,4 @@
-"""Files of latents: .npy arrays of float32 with an image in a row, z and then its one-hot class."""
+"""Files of latents: .npy arrays of float32 with an image in a row, z and then its c."""
 
 import io
 from pathlib import Path
@@ -54,7 +54,7 @@ def _read(name: str, G: GeneratorBase) -> np.ndarray:
     if rows.ndim != 2 or rows.shape[1] not in widths:
         needs = f"this model needs rows of {widths[0]} numbers (z)"
         if G.label_dim:
-            needs += f" or {widths[1]} (z and one-hot class)"
+            needs += f" or {widths[1]} (z and c)"
         raise UserError(f"latent={name}: has shape {array.shape}; {needs}")
     if not 0 < len(rows) <= MAX_LATENTS:
         raise UserError(f"latent={name}: has {len(rows)} rows; must be from 1 to {MAX_LATENTS:,}")

@@ -22,22 +22,26 @@ def latents(
     label: int | Tensor | None = None,
     truncation: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return z (N, z_dim) and one-hot c (N, label_dim) of images `index` (N,) of a seed.
+    """Return z (N, z_dim) and c (N, label_dim) of images `index` (N,) of a seed, on G's device.
 
-    They are on G's device. label: one class for all, one for each (N,), or None for class i modulo
-    label_dim for image i. truncation scales z towards 0, where the input of the first layer is at
-    its mean for that class.
+    label: one class for all, one for each (N,), c itself as floats (N, label_dim), or None for
+    class i modulo label_dim for image i, or for the conditions of G's examples in that order.
+    truncation scales z towards 0, where the input of the first layer is at its mean for that class.
     """
     device = next(G.parameters()).device
     index = index.to(device)
     z = normal(seed, "sample", index, G.z_dim) * truncation
     if not G.label_dim:
         return z, z.new_zeros(len(z), 0)
+    if label is None and G.conditions:
+        examples = G.conditions.values.to(device)
+        return z, G.conditions.standardize(examples[index % len(examples)])
     if label is None:
-        classes = index % G.label_dim
-    else:
-        classes = torch.as_tensor(label, device=device).expand(len(index))
-    return z, F.one_hot(classes, G.label_dim).float()
+        label = index % G.label_dim
+    label = torch.as_tensor(label, device=device)
+    if label.is_floating_point():
+        return z, label.to(z)
+    return z, F.one_hot(label.expand(len(index)), G.label_dim).float()
 
 
 @torch.no_grad()

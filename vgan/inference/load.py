@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import vgan
+from vgan.data.conditions import Conditions
 from vgan.data.source import CHANNELS
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
@@ -63,12 +64,13 @@ def load_model(ckpt: str | Path) -> Model:
 def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
     """Return the generator with averaged weights (EMA) of a checkpoint file or run folder.
 
-    G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim) one-hot, or None without classes) -> (N,
+    G(z (N, G.z_dim) ~ N(0, I), c (N, G.label_dim), or None without classes and conditions) -> (N,
     img_channels, H, W) float32, black to white in [-1, 1]; colours of RGBA are multiplied by alpha.
     G.img_resolution is the side of a square or (H, W). G is in evaluation mode and its weights have
-    no gradients. G.label_names names the classes. Files written by vgan-export to=safetensors can
-    be read too, and models of the Hugging Face Hub as hf://USER/MODEL, hf://USER/MODEL@REVISION or
-    hf://USER/MODEL/FILE.safetensors.
+    no gradients. c is one-hot for the classes G.label_names, or G.conditions.standardize(values)
+    for values (N, G.label_dim) of the conditions G.conditions.names. Files written by vgan-export
+    to=safetensors can be read too, and models of the Hugging Face Hub as hf://USER/MODEL,
+    hf://USER/MODEL@REVISION or hf://USER/MODEL/FILE.safetensors.
 
     Raises UserError if there is no readable checkpoint.
     """
@@ -78,8 +80,8 @@ def load_generator(ckpt: str | Path, device: str = "auto") -> GeneratorBase:
 def load_discriminator(ckpt: str | Path, device: str = "auto") -> DiscriminatorBase:
     """Return the discriminator of a checkpoint or of a run folder's newest checkpoint.
 
-    D(x (N, C, H, W) in [-1, 1], c (N, label_dim) one-hot) -> logits (N, 1, h, w). Raises UserError
-    if there is no readable checkpoint, and for an exported generator, which has none.
+    D(x (N, C, H, W) in [-1, 1], c (N, label_dim)) -> logits (N, 1, h, w). Raises UserError if there
+    is no readable checkpoint, and for an exported generator, which has none.
     """
     return restore_discriminator(load_model(ckpt).state, pick_device(device))
 
@@ -89,8 +91,12 @@ def restore_generator(state: Mapping[str, Any], device: torch.device) -> Generat
     G: GeneratorBase = _restore(state, "generator", "G_ema")
     try:
         G.label_names = tuple(map(str, state["data"]["labels"]))
-    except (TypeError, LookupError) as e:
-        raise UserError(f"ckpt: has no class names ({e}); use an intact checkpoint") from e
+        if kept := state["data"].get("conditions"):
+            G.conditions = Conditions.from_state_dict(kept)
+        if len(G.conditions.names if G.conditions else G.label_names) != G.label_dim:
+            raise ValueError(f"not {G.label_dim} names")
+    except (TypeError, ValueError, LookupError, RuntimeError) as e:
+        raise UserError(f"ckpt: has no names of classes ({e}); use an intact checkpoint") from e
     return G.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -150,6 +156,9 @@ def metadata(path: Path, state: Mapping[str, Any], license: str | None) -> dict[
         "config": json.dumps(config),
         "license": NOT_STATED,
     }
+    if kept := data.get("conditions"):
+        lists = {key: v.tolist() if isinstance(v, Tensor) else v for key, v in kept.items()}
+        information["conditions"] = json.dumps(lists)
     information |= state.get("export", {})
     if license:
         information["license"] = license
@@ -192,12 +201,13 @@ def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, value in parsed.items():
         if not isinstance(value, dict):
             raise ValueError(f"{key}={value!r:.20}")
+    conditions = {key: json.loads(metadata[key]) for key in ("conditions",) if key in metadata}
     config, networks = parsed["config"], parsed["config"].get("model")
     networks = dict(networks) if isinstance(networks, dict) else {}
     return {
         "config": upgrade_config({**config, "model": networks | {"generator": parsed["model"]}}),
         "sizes": parsed["sizes"],
-        "data": parsed["data"] | {"labels": json.loads(metadata["labels"])},
+        "data": parsed["data"] | {"labels": json.loads(metadata["labels"])} | conditions,
         "cur_nimg": int(metadata["images_seen"]),
         "export": {key: metadata[key] for key in ("license", "metrics") if key in metadata},
     }

@@ -99,6 +99,26 @@ def parse_labels(label: Any, names: Sequence[str]) -> list[int] | None:
     return [parse_label(one, names) for one in labels]
 
 
+def parse_c(label: Any, condition: Any, G: GeneratorBase) -> Tensor | None:
+    """Return the classes (N,) or the c (N, label_dim) that label= or condition= name, in order.
+
+    None stands for all classes, or for the conditions of the examples. Raises UserError for what
+    does not fit the generator.
+    """
+    if G.conditions and label is not None:
+        rule = "this model was trained with conditions"
+        raise UserError(f"label={label}: {rule}; use condition=, or leave label out")
+    if condition is not None and not G.conditions:
+        rule = "this model was trained without conditions; leave it out"
+        raise UserError(f"condition={condition}: {rule}")
+    if G.conditions:
+        if condition is None:
+            return None
+        return G.conditions.standardize(G.conditions.parse(condition))
+    labels = parse_labels(label, G.label_names)
+    return None if labels is None else torch.tensor(labels)
+
+
 def _check_out(cfg: SampleConfig) -> Path:
     """Return the output path. Raises UserError unless it fits show and motion."""
     out = Path(cfg.out).expanduser()
@@ -132,7 +152,7 @@ def _check_out(cfg: SampleConfig) -> Path:
 
 
 def _selection(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tensor, Tensor]:
-    """Return numbers (N,) and classes (N,) of the images of the series."""
+    """Return numbers (N,) and classes (N,), or c (N, label_dim), of the images of the series."""
     if cfg.seeds is None:
         index = torch.arange(cfg.n or default)
     elif cfg.n is None:
@@ -143,11 +163,14 @@ def _selection(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tenso
 
 
 def _classes(cfg: SampleConfig, G: GeneratorBase, index: Tensor) -> Tensor:
-    """Return the classes (N,) of images `index` (N,). Several labels are used in order."""
-    labels = parse_labels(cfg.label, G.label_names)
-    if labels is None:
+    """Return the classes of images `index` (N,), or their c. Several are used in order."""
+    given = parse_c(cfg.label, cfg.condition, G)
+    if given is not None:
+        return given[torch.arange(len(index)) % len(given)]
+    if not G.conditions:
         return index % max(1, G.label_dim)
-    return torch.tensor(labels)[torch.arange(len(index)) % len(labels)]
+    examples = G.conditions.standardize(G.conditions.values)
+    return examples[index % len(examples)]
 
 
 def _inputs(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +180,7 @@ def _inputs(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tensor, 
         return index, *latents(G, index, cfg.seed, classes, cfg.truncation)
     z, c = read_latents(cfg.latent, G)
     index = torch.arange(len(z))
-    if c is None or cfg.label is not None:
+    if c is None or cfg.label is not None or cfg.condition is not None:
         c = latents(G, index, cfg.seed, _classes(cfg, G, index))[1]
     return index, cfg.truncation * z, c
 
@@ -220,13 +243,16 @@ def _film(cfg: SampleConfig, G: GeneratorBase) -> Film:
         film = walk(G.z_dim, c, cfg.seed, index.to(z.device), STOPS, cfg.frames)
         return Film(film.z * cfg.truncation, film.c)
     if cfg.motion == "classes":
-        labels = parse_labels(cfg.label, G.label_names)
-        stops = list(range(G.label_dim)) if labels is None else labels
+        stops = parse_c(cfg.label, cfg.condition, G)
+        if stops is None:
+            stops = torch.arange(0 if G.conditions else G.label_dim)
         if len(stops) < 2:
-            rule = "needs a model with classes, and at least two of them in label=[...]"
+            rule = "needs two or more, in label=[...] or condition=[[...],[...]]"
             raise UserError(f"motion=classes: {rule}")
         z = z.repeat_interleave(len(stops), dim=0)
-        c = torch.eye(G.label_dim, device=z.device)[stops].repeat(tiles, 1)
+        if not G.conditions:
+            stops = torch.eye(G.label_dim)[stops]
+        c = stops.to(z).repeat(tiles, 1)
     return interpolate(z, c, tiles, cfg.frames, cfg.loop)
 
 

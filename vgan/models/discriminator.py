@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
 class DiscriminatorBase(nn.Module):
     """The base class of all discriminators: a network from images and classes to logits.
 
-    forward(x, c): x (N, C, H, W) in [-1, 1]; c (N, label_dim) one-hot, or None if label_dim is 0.
+    forward(x, c): x (N, C, H, W) in [-1, 1]; c (N, label_dim), or None if label_dim is 0.
     Returns (N, 1, h, w). Optional: `jvp` (for penalty=jvp), `logit_map` and `receptive_field_px`;
     with a judge_weight above 0, what `AidedDiscriminator` has besides.
     """
@@ -56,7 +56,7 @@ class DiscriminatorBase(nn.Module):
 
 
 class Discriminator(DiscriminatorBase):
-    """PatchGAN: images (N, C, H, W) in [-1, 1] and one-hot c (N, label_dim) -> logits (N, 1, h, w).
+    """PatchGAN: images (N, C, H, W) in [-1, 1] and c (N, label_dim) -> logits (N, 1, h, w).
 
     Stages of residual blocks with antialiased downsampling from img_resolution to 4 px, mirrored to
     the generator: widths are the channels at 4, 8, 16, ... px. Fully convolutional: images of other
@@ -207,8 +207,8 @@ class Discriminator(DiscriminatorBase):
         if self.embed is not None and self.to_embed is not None:
             if c is None:
                 raise ValueError(
-                    f"c=None: this discriminator has {self.label_dim} classes; "
-                    f"give one-hot c (N, {self.label_dim})"
+                    f"c=None: this discriminator needs c (N, {self.label_dim}); "
+                    "give one-hot classes or standardized conditions"
                 )
             e = self.embed(c.repeat(2, 1) if pairs else c).float()
             logits = logits + (self.to_embed(h).float() * e[:, :, None, None]).sum(1, keepdim=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vgan.data.conditions import Conditions
 from vgan.models.attention import attention_layer
 from vgan.models.layers import (
     BiasLeakyReLU,
@@ -22,7 +23,7 @@ from vgan.runtime.images import Resolution, parse_resolution
 
 
 class LatentInput(nn.Module):
-    """z (N, z_dim) and one-hot c (N, label_dim) -> features (N, width, *size).
+    """z (N, z_dim) and c (N, label_dim) -> features (N, width, *size).
 
     A learned basis of `size`, mostly 4x4, scaled per channel by a linear map of z and the class
     embedding. The class embedding starts at a fifth of the size of z: with equal sizes small
@@ -53,8 +54,8 @@ class LatentInput(nn.Module):
             return z
         if c is None:
             raise ValueError(
-                f"c=None: this generator has {self.label_dim} classes; "
-                f"give one-hot c (N, {self.label_dim})"
+                f"c=None: this generator needs c (N, {self.label_dim}); "
+                "give one-hot classes or standardized conditions"
             )
         return torch.cat([z, self.embed(c)], dim=1)
 
@@ -72,7 +73,7 @@ class LatentInput(nn.Module):
 class GeneratorBase(nn.Module):
     """The base class of all generators: a network from latents and classes to images.
 
-    forward(z, c): z (N, z_dim) ~ N(0, I); c (N, label_dim) one-hot, or None where label_dim is 0.
+    forward(z, c): z (N, z_dim) ~ N(0, I); c (N, label_dim), or None where label_dim is 0.
     Returns (N, img_channels, H, W): -1 is black, 1 is white, not clipped. Of four channels the last
     is alpha, and the others are multiplied by it: -1 is black or transparent.
     """
@@ -81,7 +82,9 @@ class GeneratorBase(nn.Module):
     label_dim: int
     img_resolution: Resolution  # the side of a square in px, or height and width
     img_channels: int
-    label_names: tuple[str, ...]  # set when a checkpoint is loaded
+    # Set when a checkpoint is loaded: the names of the classes, or what the conditions are.
+    label_names: tuple[str, ...]
+    conditions: Conditions | None = None
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         raise NotImplementedError

@@ -102,6 +102,8 @@ def _copy(
         elif _is_class_embedding(key):
             if len(value) != len(target):
                 raise _misfit(source, name, key, value, target)
+            if not labels and not source.labels and value.shape == target.shape:
+                target.copy_(value)  # of as many conditions
             for i, label in enumerate(labels):
                 if label in source.labels:
                     target[:, i] = value[:, source.labels.index(label)]

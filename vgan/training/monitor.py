@@ -277,13 +277,12 @@ class HoldoutLogits:
 
     def __init__(self, run: Run) -> None:
         self._run, data = run, run.dataset
-        eye = torch.eye(data.label_dim, device=run.device)
+        c_table = data.c_table()
         self._sets = []
         for items in data.split(run.cfg.holdout):
             pixels = torch.from_numpy(data.images[items[:256]]).to(run.device).permute(0, 3, 1, 2)
-            labels = torch.from_numpy(data.labels[items[:256]]).to(run.device)
-            c = eye[labels] if data.label_dim else pixels.new_zeros(len(pixels), 0)
-            self._sets.append((to_float(pixels), c))
+            c = c_table[torch.from_numpy(data.labels[items[:256]])]
+            self._sets.append((to_float(pixels), c.to(run.device)))
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
@@ -328,14 +327,11 @@ class SampleGrid:
     """The grid of fakes from fixed z, and the fakes of one class that measure diversity."""
 
     def __init__(self, run: Run) -> None:
-        G, label_dim, device = run.state.G, run.dataset.label_dim, run.device
+        G, device = run.state.G, run.device
         self._run = run
         self.reals, labels = run.dataset.reals(GRID_IMAGES)
-        # The classes of the reals, so that the two grids compare image by image.
-        c = torch.zeros(len(labels), 0)
-        if label_dim:
-            c = torch.eye(label_dim)[torch.as_tensor(labels)]
-        self._c = c.to(device)
+        # Classes or conditions of the reals, so that the two grids compare image by image.
+        self._c = run.dataset.c_table()[labels].to(device)
         rng = Streams(run.cfg.seed, 0, max(len(labels), DIVERSITY_IMAGES))
         z = rng.normal("grid", G.z_dim).to(device)
         self._z, self._z_diversity = z[: len(labels)], z[:DIVERSITY_IMAGES]

@@ -140,7 +140,10 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
     rule = "a stream has no held-out images; leave it at 0"
     require(dataset.stream is None or cfg.holdout == 0, "holdout", cfg.holdout, rule)
     sizes = {k: getattr(dataset, k) for k in ("img_resolution", "img_channels", "label_dim")}
-    data = {"name": dataset.name, "digest": dataset.digest, "labels": list(dataset.label_names)}
+    data: dict[str, Any] = {"name": dataset.name, "digest": dataset.digest}
+    data["labels"] = list(dataset.label_names)
+    if dataset.conditions:
+        data["conditions"] = dataset.conditions.state_dict()
     identity: dict[str, Any] = {"config": config, "sizes": sizes, "data": data}
     run_dir = Path(cfg.run_dir).expanduser()
     init = None

@@ -64,7 +64,12 @@ def start_record(run: Run) -> dict[str, Any]:
         "device": f"{n} x {device}" if n > 1 else device,
         "precision": run.precision,
         "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
-        "data": {"images": len(data), "digest": data.digest, **run.identity["sizes"]},
+        "data": {
+            "images": len(data),
+            "digest": data.digest,
+            **run.identity["sizes"],
+            "conditions": list(data.conditions.names) if data.conditions else [],
+        },
     }
 
 
@@ -84,7 +89,8 @@ def facts(run: Run) -> dict[str, str]:
     count = f"{len(data):,} images"
     if data.stream:
         count = f"a stream, of which {count} are packed,"
-    classes = f", {data.label_dim} classes" if data.label_dim else ""
+    kind = "conditions" if data.conditions else "classes"
+    classes = f", {data.label_dim} {kind}" if data.label_dim else ""
     field = getattr(state.D, "receptive_field_px", None)
     seen = min(field or 0, max(height, width))
     patch = f", each logit sees {seen} of {size}" if field else ""
