@@ -26,6 +26,7 @@ from vgan.apps import static_page
 from vgan.apps.demo import PageBackend, application
 from vgan.apps.page import PageInfo, page_info
 from vgan.inference.attention_maps import attention_maps
+from vgan.inference.latent_files import latents_npy
 from vgan.inference.latents import draw, latents, lerp, slerp
 from vgan.inference.load import restore_generator
 from vgan.runs import checkpoint
@@ -209,6 +210,12 @@ def close(shown: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.abs(shown.astype(int) - wanted).max() <= 1)
 
 
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 @pytest.mark.browser
 @WITHOUT_CHROMIUM
 class TestPage:
@@ -348,6 +355,59 @@ class TestPage:
         assert tuple(drawn[2 * edge, 4 * edge + edge // 2]) == (0x5A, 0xE6, 0xFF)
         page.mouse.move(2, 2)
         assert not heat.is_visible()
+
+    def test_latents_of_files_come_first(
+        self, address: str, open_page: Any, backend: PageBackend, tmp_path: Path
+    ) -> None:
+        """Those of vgan-invert, with and without the class after z."""
+        page = open_page(address)
+        z, c = latents(backend.G, torch.tensor([40, 41]), 3, label=5)
+        (tmp_path / "photo.npy").write_bytes(latents_npy(z[:1], c[:1]))
+        (tmp_path / "two.npy").write_bytes(latents_npy(z, c[:, :0]))
+        page.set_input_files("#file", tmp_path / "photo.npy")
+        page.locator("#caption", has_text="photo").wait_for()
+        idle(page)
+        wanted = expected(backend, 40, label=5)[0]
+        assert close(pixels(tile(page, 0)), wanted)
+        assert close(pixels(page.locator("#large")), wanted)
+        assert close(pixels(tile(page, 1)), expected(backend, 0)[0])
+        assert page.inner_text("#status") == "Images 0 to 14"
+        page.set_input_files("#file", [tmp_path / "two.npy", tmp_path / "photo.npy"])
+        page.locator("#caption", has_text="two 0").wait_for()
+        idle(page)
+        assert close(pixels(tile(page, 1)), expected(backend, 41, label=1)[0])
+        assert close(pixels(tile(page, 2)), wanted)
+        drag(page, 2, 3)
+        assert page.inner_text("#caption") == "50% photo, 50% 0 circle"
+        set_slider(page, "#at", 0)
+        assert close(pixels(page.locator("#large")), wanted)
+        page.keyboard.press("Escape")
+        page.click("#new")
+        idle(page)
+        assert page.inner_text("#status") == "Images 13 to 25"
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (b"", "not a .npy"),
+            (b"x" * 300, "not a .npy"),
+            (npy(np.zeros((1, 3), np.float32)), "rows of 3 numbers, this model needs 64 or 72"),
+            (npy(np.zeros((1, 64))), "not a .npy of vgan-invert"),
+            (npy(np.zeros((0, 64), np.float32)), "cut short"),
+            (npy(np.zeros((2, 64), np.float32))[:-4], "cut short"),
+            (npy(np.full((1, 64), np.nan, np.float32)), "not finite"),
+        ],
+    )
+    def test_a_file_of_another_kind_is_one_line(
+        self, server: str, open_page: Any, tmp_path: Path, content: bytes, says: str
+    ) -> None:
+        page = open_page(server)
+        (tmp_path / "bad.npy").write_bytes(content)
+        page.set_input_files("#file", tmp_path / "bad.npy")
+        page.locator("#error", has_text="bad.npy: ").wait_for()
+        assert says in page.inner_text("#error")
+        page.click("#new")  # goes on
+        page.locator("#error").wait_for(state="hidden")
 
     def test_files_are_saved(
         self, address: str, open_page: Any, backend: PageBackend, tmp_path: Path

@@ -12,7 +12,8 @@ document.documentElement.style.setProperty("--shape", `${width} / ${height}`); /
 const TOUCH = matchMedia("(pointer: coarse)").matches;
 
 let backend = null;
-let tiles = []; // of the grid: {number, label, drawn, button, canvas, heat}
+let opened = []; // images of files, before the others: {number: name, label: null, c}
+let tiles = []; // of the grid: {number, label, c, drawn, button, canvas, heat}
 let chosen = 0; // which tile the stage shows while there is no way
 let way = null; // {from, to, drawn} between two {number, label}
 let mixing = false; // the next tile that is chosen is the other end of a way
@@ -47,7 +48,7 @@ function slerp(a, b, t) {
 
 async function pointsOf(images) {
   const z = await latentsOf(images.map(({ number }) => number));
-  return images.map(({ label }, i) => ({ z: z[i], c: oneHot(label) }));
+  return images.map(({ label, c }, i) => ({ z: z[i], c: c ?? oneHot(label) }));
 }
 
 async function pointsAlong({ from, to }, places) {
@@ -116,10 +117,11 @@ function complain(error) {
 const nameOf = ({ number, label }) => `${number}${label === null ? "" : ` ${labels[label]}`}`;
 
 function wanted() {
-  const first = Number($$("first").value), label = $$("label").value;
-  return Array.from({ length: Number($$("count").value) }, (_, i) => ({
-    number: first + i, label: labels.length ? (label === "" ? (first + i) % labels.length : Number(label)) : null,
+  const first = Number($$("first").value), label = $$("label").value, count = Number($$("count").value);
+  const numbered = Array.from({ length: count }, (_, i) => ({
+    number: first + i, label: labels.length ? (label === "" ? (first + i) % labels.length : Number(label)) : null, c: null,
   }));
+  return [...opened, ...numbered].slice(0, count);
 }
 
 async function drawGrid() {
@@ -139,8 +141,8 @@ async function drawGrid() {
 
 // What can be done now.
 function tell() {
-  const last = tiles.at(-1).number, aim = way ? "" : nameOf(tiles[chosen]);
-  $$("status").textContent = mixing ? `Select the image to mix ${aim} with` : `Images ${tiles[0].number} to ${last}`;
+  const numbers = tiles.map(({ number }) => number).slice(opened.length), aim = way ? "" : nameOf(tiles[chosen]);
+  $$("status").textContent = mixing ? `Select the image to mix ${aim} with` : numbers.length ? `Images ${numbers[0]} to ${numbers.at(-1)}` : "";
   $$("hint").textContent = mixing ? "Select another image, or press Esc."
     : $$("attention").checked ? `${TOUCH ? "Tap" : "Point at"} a position in an image. Bright areas are those it attends to.`
       : way ? "The slider interpolates between the two images." : TOUCH ? "Mix with ... interpolates from this image to another." : "Drag an image onto another to interpolate between them.";
@@ -270,7 +272,8 @@ function present(drawn, name) {
 
 function mix(from, to) {
   aim(false);
-  way = { from: { number: from.number, label: from.label }, to: { number: to.number, label: to.label }, drawn: null };
+  const [a, b] = [from, to].map(({ number, label, c }) => ({ number, label, c }));
+  way = { from: a, to: b, drawn: null };
   copy(from.canvas, $$("from"));
   copy(to.canvas, $$("to"));
   $$("at").value = 0.5;
@@ -390,6 +393,44 @@ function walkQuery(event) {
 
 // --- files ----------------------------------------------------------------------------------------------------------
 
+// Return the rows of a .npy of float32 that vgan-invert wrote: z, and after it perhaps c.
+function rowsOf(buffer) {
+  const bytes = new Uint8Array(buffer), text = (from, to) => String.fromCharCode(...bytes.subarray(from, to));
+  const begin = bytes[6] === 1 ? 10 : 12; // versions 1 and 2 of the format
+  const end = begin + (bytes.length < begin ? 0 : new DataView(buffer)[begin === 10 ? "getUint16" : "getUint32"](8, true));
+  const header = text(0, 6) === "\x93NUMPY" && end <= bytes.length ? text(begin, end) : "";
+  const shape = header.match(/'shape': \((\d+), (\d+)\)/)?.slice(1).map(Number), widths = [zDim, zDim + labels.length];
+  if (!shape || !header.includes("'descr': '<f4'") || !header.includes("'fortran_order': False")) throw new Error("not a .npy of vgan-invert");
+  const [count, width] = shape;
+  if (!widths.includes(width)) throw new Error(`has rows of ${width} numbers, this model needs ${[...new Set(widths)].join(" or ")}`);
+  if (count < 1 || bytes.length < end + 4 * count * width) throw new Error("is cut short");
+  const values = new Float32Array(buffer.slice(end, end + 4 * count * width));
+  if (!values.every(Number.isFinite)) throw new Error("has numbers that are not finite");
+  return Array.from({ length: count }, (_, i) => values.slice(i * width, (i + 1) * width));
+}
+
+async function open(files) {
+  const images = [];
+  for (const file of files) {
+    const name = file.name.replace(/\.npy$/i, "");
+    try {
+      rowsOf(await file.arrayBuffer()).forEach((row, i, { length }) => {
+        const c = row.length > zDim ? row.slice(zDim) : oneHot(labels.length ? i % labels.length : null);
+        const number = length > 1 ? `${name} ${i}` : name;
+        images.push({ number, label: null, c, z: row.slice(0, zDim) });
+      });
+    } catch (error) {
+      throw new Error(`${file.name}: ${error.message}`);
+    }
+  }
+  images.forEach(({ number, z }) => known.set(number, z));
+  const names = new Set(images.map(({ number }) => number));
+  opened = [...images, ...opened.filter(({ number }) => !names.has(number))];
+  closeWay();
+  chosen = 0;
+  await drawGrid();
+}
+
 function download(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
@@ -455,7 +496,7 @@ function redraw() {
 }
 
 function newImages() {
-  const first = $$("first"), next = Number(first.value) + Number($$("count").value);
+  const first = $$("first"), next = Number(first.value) + Math.max(1, Number($$("count").value) - opened.length);
   first.value = tiles.length && next <= Number(first.max) ? next : 0;
   request("grid", drawGrid);
 }
@@ -474,6 +515,7 @@ function attentionChanged() {
 
 const KEYS = {
   n: newImages, m: () => tiles.length && aim(!mixing), p: () => way && play(),
+  o: () => $$("open").click(),
   a: () => { if (attention) { $$("attention").checked = !$$("attention").checked; attentionChanged(); } },
   escape: () => { if (mixing) aim(false); else { closeWay(); if (tiles.length) tell(); } },
 };
@@ -497,6 +539,18 @@ function listen() {
   on("save-strip", "click", () => request("file", saveStrip));
   on("save-film", "click", () => request("file", saveFilm));
   on("save-grid", "click", () => savePng(tiles.map(({ drawn }) => drawn.image), Math.sqrt(tiles.length), zoom, `images-${tiles[0].number}`));
+  on("open", "click", () => $$("file").click());
+  on("file", "change", () => {
+    const files = [...$$("file").files];
+    $$("file").value = ""; // so that the same file can be opened again
+    if (files.length) request("open", () => open(files));
+  });
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    const files = [...event.dataTransfer.files];
+    if (files.length) request("open", () => open(files));
+  });
   on("large", "keydown", walkQuery);
   on("large", "click", (event) => heatAt(event, large, $$("large-heat"), (way ?? tiles[chosen]).drawn));
   watch(large.parentElement, $$("large-heat"), () => (way ?? tiles[chosen]).drawn);
