@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+from vgan.data import celeba_mirror
+
 COMMIT = "0123456789" * 4
+REVISIONS = ("main", COMMIT, celeba_mirror.REVISION)
 TOKEN = "hf_of_the_test"
 
 
@@ -45,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         is_locked = repo == "user/private" and TOKEN not in self.headers.get("Authorization", "")
         if not folder.is_dir() or is_locked:
             return self.answer(401, X_Error_Code="RepoNotFound")
-        if action and revision not in ("main", COMMIT):
+        if action and revision not in REVISIONS:
             return self.answer(404, X_Error_Code="RevisionNotFound")
         if api and action in ("", "revision"):
             return self.json({"id": repo, "sha": COMMIT, "siblings": [], "tags": []})
@@ -81,7 +84,11 @@ class Handler(BaseHTTPRequestHandler):
         kind = "directory" if path.is_dir() else "file"
         size = 0 if path.is_dir() else path.stat().st_size
         name = path.relative_to(folder).as_posix()
-        return {"type": kind, "oid": "1" * 40, "size": size, "path": name}
+        found = {"type": kind, "oid": "1" * 40, "size": size, "path": name}
+        if path.suffix == ".parquet":
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            found["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
+        return found
 
     def send_file(self, file: Path) -> None:
         content = file.read_bytes()
