@@ -95,7 +95,8 @@ def test_numbers_beside_the_images_are_conditions(
     [
         (np.arange(39) / 10, r"float64 \(39,\); must be .*with N = 40"),
         (np.full((40, 2), np.nan), "row 0, column 0 is not finite"),
-        (np.full((40, 1), 1e300) * np.arange(40)[:, None], "row 1 is not finite"),
+        (np.full((40, 1), 1e300) * np.arange(40)[:, None], "over 10,000 standard deviations"),
+        (np.where(np.arange(40)[:, None] > 0, [[1, 2]], [[1, 1]]), "column 0 is the same"),
         (np.stack([np.arange(40), np.ones(40)], 1), "column 1 is the same for all images"),
         (np.zeros((40, 0)), "0 columns; must be from 1 to 1,024"),
         (np.zeros((40, 2000)), "2,000 columns"),
@@ -111,6 +112,24 @@ def test_bad_conditions_are_refused(
     with pytest.raises(UserError, match=rf"^data.labels=.*{says}") as caught:
         Folder(str(pictures_npy), 16)
     assert "\n" not in str(caught.value)
+
+
+def test_large_numbers_keep_their_differences(pictures_npy: Path, tmp_path: Path) -> None:
+    """Seconds of today, which float32 rounds to multiples of 128."""
+    np.save(tmp_path / "tiny_labels.npy", 1.7e9 + np.arange(40.0))
+    dataset = pack(Folder(str(pictures_npy), 16), tmp_path / "cache")
+    steps = dataset.c_table().diff(dim=0)
+    assert dataset.conditions
+    assert steps.min().item() == pytest.approx(1 / dataset.conditions.std[0].item(), rel=1e-5)
+    assert steps.max().item() == pytest.approx(steps.min().item(), rel=1e-5)
+
+
+def test_classes_saved_as_floats_are_noticed(
+    pictures_npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "tiny_labels.npy", np.arange(40) % 4 / 1.0)
+    Folder(str(pictures_npy), 16)
+    assert "if they are classes, save integers (N,)" in capsys.readouterr().out
 
 
 def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
@@ -181,6 +200,7 @@ def test_conditions_are_given_in_order_or_by_name(run_dir: Path, tmp_path: Path)
     assert single.parse([3, 4]).tolist() == [[3], [4]]
     out = run_sample(run_dir, "condition=[[40,1],[60,0]]", "n=3", f"out={tmp_path / 'a.npy'}")
     c = G.conditions.standardize(torch.tensor([[40.0, 1], [60, 0], [40, 1]]))
+    assert c.dtype == torch.float32
     expected = draw(G, torch.arange(3), 0, c).permute(0, 2, 3, 1)
     assert np.array_equal(np.load(out), expected.numpy())
     film = ["motion=classes", "condition=[[40,1],[60,0]]", "frames=2", "loop=false"]
@@ -192,14 +212,15 @@ def test_conditions_are_given_in_order_or_by_name(run_dir: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["condition=[1]"], r"condition=\[1\]: must have 2 number\(s\)"),
-        (["condition=[]"], "condition=.*must have 2 number"),
-        (["condition=[[1,2],[1]]"], r"condition=\[1\]: must have 2"),
-        (["condition=[1,cat]"], "condition=.*: cat is no number"),
-        (["condition=[1,1e99]"], "1e.99 is no number"),
-        (["condition=[1,nan]"], "nan is no number"),
+        (["condition=[1]"], r"condition=\[1\]: has 1 numbers; give 2 in order, or some by name"),
+        (["condition=[]"], "condition=.*has 0 numbers"),
+        (["condition=[[1,2],[1]]"], r"condition=\[1\]: has 1 numbers"),
+        (["condition=[1,cat]"], "condition=.*: cat is not a number"),
+        (["condition='[1,2]'"], "is not a number"),
+        (["condition=[1,1e99]"], "over 10,000 standard deviations .*2: 0 20.* to 7.*stay near"),
+        (["condition=[1,nan]"], "must be finite"),
         (["condition={size:1}"], "size is unknown; use some of 0, 1"),
-        (["condition={0:[1]}"], "is no number"),
+        (["condition={0:[1]}"], "is not a number"),
         (["label=1"], "label=1: this model was trained with conditions; use condition="),
         (["motion=classes", "out=a.gif"], "motion=classes: needs two or more"),
     ],
@@ -237,16 +258,18 @@ def test_exports_keep_the_conditions(run_dir: Path, tmp_path: Path) -> None:
     assert "| conditions | 2: 0, 1 |" in (repo / "README.md").read_text()
     with pytest.raises(UserError, match="input=numbers: not for models with conditions"):
         write("to=onnx", "input=numbers", f"out={tmp_path / 'n.onnx'}")
-    with pytest.raises(UserError, match="no controls for conditions"):
+    with pytest.raises(UserError, match="no controls for its conditions"):
         write("to=html", f"out={tmp_path / 'page'}", "runtime=nowhere")
     assert not (tmp_path / "page").exists()
 
 
 def test_a_damaged_scale_is_refused(run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / checkpoint.find(run_dir).name
-    for key, value in (("std", torch.zeros(2)), ("mean", torch.zeros(3)), ("names", ["0"])):
+    changes = {"std": torch.tensor([1, 1e-45]), "mean": torch.zeros(3), "names": ["0"]}
+    for key, value in [*changes.items(), ("labels", ["a", "b"])]:
         state = checkpoint.load(checkpoint.find(run_dir))
-        state["data"]["conditions"][key] = value
+        data = state["data"]
+        (data["conditions"] if key in changes else data)[key] = value
         checkpoint.save(path, state, keep=1)
         with pytest.raises(UserError, match="use an intact checkpoint"):
             load_generator(path)
@@ -277,13 +300,16 @@ def test_evaluation_asks_for_the_conditions_of_the_data(
     before, after = (np.sort(x.numpy(), axis=0) for x in asked)
     assert np.abs(before + 10 / numbers.std(0) - after).max() < 1e-4
     np.save(tmp_path / "x_labels.npy", np.arange(200) % 2)
-    with pytest.raises(UserError, match="has 2 conditions, the data has 2 classes"):
+    with pytest.raises(UserError, match="has conditions 0, 1, the data has 2 classes"):
         evaluate(compose_as(EvalConfig, "eval", *words, f"data.path={tmp_path / 'x_images.npy'}"))
 
 
-def test_another_run_begins_from_the_embeddings(run_dir: Path, greys: Path, tmp_path: Path) -> None:
+def test_another_run_begins_from_the_embeddings(
+    run_dir: Path, greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [f"data.path={greys}", f"init={run_dir}", "size.lr=1e-12", "size.lr_end=1e-12"]
     train_in_process(tmp_path / "new", *TINY, *words, tiny=[])
+    assert "2 of 2 classes or conditions known by name" in capsys.readouterr().out
     old, new = (checkpoint.load(checkpoint.find(x)) for x in (run_dir, tmp_path / "new"))
     for was, now, key in (("G_ema", "G", "input.embed.weight"), ("D", "D", "embed.weight")):
         assert torch.allclose(old[was][key], new[now][key], atol=1e-6)

@@ -47,7 +47,7 @@ def test_equal_networks_are_taken_whole(
     for name, value in old["D"].items():
         assert torch.equal(value, new["D"][name]), name
     assert new["cur_nimg"] == 16
-    assert "8 of 8 classes known by name" in capsys.readouterr().out
+    assert "8 of 8 classes or conditions known by name" in capsys.readouterr().out
 
 
 def test_at_twice_the_resolution_only_the_finest_stages_are_new(

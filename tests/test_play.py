@@ -385,15 +385,44 @@ class TestPage:
         page.click("#new")
         idle(page)
         assert page.inner_text("#status") == "Images 13 to 25"
+        page.select_option("#count", "4")
+        idle(page)
+        assert page.inner_text("#status") == "4 of 4 opened"
+        page.click("#close-opened")
+        idle(page)
+        assert page.inner_text("#status") == "Images 13 to 16"
+        assert not page.locator("#close-opened").is_visible()
+
+    def test_dropped_files_are_all_opened(
+        self, server: str, open_page: Any, backend: PageBackend
+    ) -> None:
+        page = open_page(server)
+        z = latents(backend.G, torch.tensor([40, 41, 42]), 3)[0].numpy()
+        files = [base64.b64encode(npy(row)).decode() for row in (z[0], z[1].astype(float), z[2])]
+        code = """files => files.forEach(file => {
+            const bytes = Uint8Array.from(atob(file), letter => letter.charCodeAt(0));
+            const dropped = new DataTransfer();
+            dropped.items.add(new File([bytes], "same.npy"));
+            window.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped }));
+        })"""
+        page.evaluate(code, files)
+        page.locator("#status", has_text="Images 0 to 12").wait_for()
+        idle(page)
+        drawn = {i: pixels(tile(page, i)) for i in range(3)}
+        for number in (40, 41, 42):  # in any order
+            options = [expected(backend, number, label=label)[0] for label in range(3)]
+            assert any(close(d, option) for d in drawn.values() for option in options), number
 
     @pytest.mark.parametrize(
         ("content", "says"),
         [
             (b"", "not a .npy"),
             (b"x" * 300, "not a .npy"),
-            (npy(np.zeros((1, 3), np.float32)), "rows of 3 numbers, this model needs 64 or 72"),
-            (npy(np.zeros((1, 64))), "not a .npy of vgan-invert"),
-            (npy(np.zeros((0, 64), np.float32)), "cut short"),
+            (npy(np.zeros((1, 3), np.float32)), "rows of 3 numbers; must be a .npy of float32"),
+            (npy(np.zeros((1, 64), int)), "holds another kind of array"),
+            (npy(np.zeros((2, 64), order="F")), "holds another kind of array"),
+            (npy(np.zeros((0, 64), np.float32)), "has 0 rows"),
+            (npy(np.zeros((99, 64), np.float32)), "has 99 rows, not 1 to 36"),
             (npy(np.zeros((2, 64), np.float32))[:-4], "cut short"),
             (npy(np.full((1, 64), np.nan, np.float32)), "not finite"),
         ],

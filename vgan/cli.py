@@ -327,5 +327,6 @@ def _fail(program: str, text: str, code: int) -> None:
         code, text = 130, "stopped at once"
         if training_started():
             text += "; run the same command to resume from the last checkpoint"
-    print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
+    line = "".join(ch if ch.isprintable() else "?" for ch in " ".join(text.split()))
+    print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -54,8 +54,8 @@ def page_info(
     Raises UserError for a model with conditions, which the page cannot set.
     """
     if G.conditions:
-        rule = "the page has no controls for conditions"
-        raise UserError(f"ckpt: {rule}; use vgan-sample condition=[...]")
+        rule = "the page has no controls for its conditions"
+        raise UserError(f"ckpt={title}: {rule}; use vgan-sample condition=[...]")
     height, width = height_width(G.img_resolution)
     return PageInfo(
         title=title,

@@ -13,6 +13,7 @@ from PIL import Image
 from vgan.data.conditions import check_conditions
 from vgan.data.preprocess import MOST_BYTES, RULES, UNREADABLE, examine_file, prepare_image
 from vgan.data.source import BadImage, Examined, Source, check_image_settings, natural_key
+from vgan.runtime.distributed import print0
 from vgan.runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -197,6 +198,9 @@ class Folder(Source):
             names = tuple(str(i) for i in range(columns.shape[1]))
             self.conditions = check_conditions(columns, names, shown)
             self.condition_names = names
+            if len(names) == 1 and len(np.unique(columns)) <= 20 and (columns % 1 == 0).all():
+                note = "taken as one condition; if they are classes, save integers (N,)"
+                print0(f"{shown}: holds few whole numbers, {note}.")
             return self.conditions
         if array.shape != (len(self),) or array.dtype.kind not in "iu" or array.min() < 0:
             raise UserError(

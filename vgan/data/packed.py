@@ -77,7 +77,7 @@ def _open(folder: Path) -> Dataset:
         conditions = None
         if names := meta.get("condition_names"):
             values = np.load(folder / "conditions.npy")
-            if values.shape != (len(images), len(names)):
+            if values.shape != (len(images), len(names)) or not np.isfinite(values).all():
                 raise ValueError("counts differ")
             conditions = Conditions.of(values, names)
         label_names = tuple(meta["label_names"])

@@ -58,8 +58,8 @@ class Source(ABC):
     img_resolution: Resolution
     img_channels: int  # 1 (grey), 3 (RGB) or 4 (RGBA, colours multiplied by alpha)
     label_names: tuple[str, ...] = ()  # empty: no classes
-    condition_names: tuple[str, ...] = ()  # empty: no conditions; a source has one of both at most
-    conditions: np.ndarray  # float32 (len(self), number of conditions), if there are any
+    condition_names: tuple[str, ...] = ()  # a source has classes or conditions, not both
+    conditions: np.ndarray  # float64 (len(self), number of conditions), if there are any
     skip_bad: bool = False  # omit unreadable items instead of stopping
     sequential: bool = False  # whether reading an item again reads all before it again
 
@@ -86,12 +86,12 @@ class Source(ABC):
         """Return a hex digest of all that determines pixels and labels, without reading images."""
 
     def targets(self, items: Sequence[int], labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what comes with readable items: labels int64 (N,) and conditions float32 (N, k).
+        """Return what comes with readable items: labels int64 (N,) and conditions float64 (N, k).
 
         labels: as `read` returns them. With conditions, the label of an image is its row of them.
         """
         if not self.condition_names:
-            return np.array(labels, dtype=np.int64), np.zeros((len(labels), 0), np.float32)
+            return np.array(labels, dtype=np.int64), np.zeros((len(labels), 0))
         return np.arange(len(items)), np.ascontiguousarray(self.conditions[items])
 
 
@@ -152,7 +152,12 @@ class Dataset:
     @property
     def label_dim(self) -> int:
         """The width of c: the number of classes or of conditions, or 0."""
-        return len(self.conditions.names if self.conditions else self.label_names)
+        return len(self.c_names)
+
+    @property
+    def c_names(self) -> tuple[str, ...]:
+        """The names of the columns of c."""
+        return self.conditions.key if self.conditions else self.label_names
 
     def c_table(self) -> torch.Tensor:
         """Return the c (label_dim,) of every label, in a row: one-hot classes or conditions."""

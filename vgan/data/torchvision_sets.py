@@ -70,8 +70,14 @@ def _fetch_celeba(root: Path) -> Any:
         return _fetch(from_mirror, "celeba", root, _CELEBA_FIX)
 
 
-def _listed(names: Sequence[str] | str) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    """Return one attribute or a list of them. Raises UserError for anything else."""
+    names = (value,) if isinstance(value, str) else value
+    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not listed or len(set(names)) != len(names):
+        rule = "must be a list of different attributes, such as [Male]"
+        raise UserError(f"data.{key}={value}: {rule}")
+    return tuple(names)
 
 
 class Cifar10(Source):
@@ -127,15 +133,16 @@ class CelebA(Source):
             raise UserError(
                 f"data.crop={crop}: must be from 16 to 178, the width of the images of CelebA"
             )
-        if attributes and conditions:
+        attributes, wanted = _names("attributes", attributes), _names("conditions", conditions)
+        if attributes and wanted:
             rule = "cannot be combined with data.attributes; leave one of them out"
             raise UserError(f"data.conditions={conditions}: {rule}")
         self.name, self._crop = "celeba", crop
         self._set = _fetch_celeba(Path(root).expanduser())
         names = [n for n in self._set.attr_names if n]
         self._columns = [self._column("attributes", a, names) for a in attributes]
-        if conditions:
-            self.condition_names = tuple(names if conditions == "all" else _listed(conditions))
+        if wanted:
+            self.condition_names = tuple(names if wanted == ("all",) else wanted)
             columns = [self._column("conditions", a, names) for a in self.condition_names]
             values = np.asarray(self._set.attr)[:, columns]
             self.conditions = check_conditions(values, self.condition_names, "data.conditions")

@@ -60,7 +60,9 @@ def evaluate(cfg: EvalConfig) -> list[Result]:
 
 
 def _describe_labels(label_dim: int, conditions: Conditions | None) -> str:
-    return f"{label_dim} {'conditions' if conditions else 'classes'}"
+    if conditions:
+        return f"conditions {', '.join(conditions.names)}"
+    return f"{label_dim} classes"
 
 
 def _data_node(cfg: EvalConfig, state: dict[str, Any]) -> dict[str, Any]:

@@ -212,8 +212,10 @@ class Evaluator:
 
     def _classes(self, logits: Tensor | None, seed: int) -> dict[str, float]:
         if logits is None or logits.shape[1] != len(self._dataset.label_names):
-            fix = "leave it out or use features=learned"
-            raise UserError(f"metrics=classes: these features do not know the classes; {fix}")
+            problem, fix = "these features do not know the classes", "use features=learned"
+            if not self._dataset.label_names:
+                problem, fix = "the data have no classes", "use data with some"
+            raise UserError(f"metrics=classes: {problem}; leave it out or {fix}")
         labels = self.labels(torch.arange(len(logits)), seed).to(logits.device)
         right = logits.argmax(1) == labels
         return {

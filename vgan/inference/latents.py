@@ -34,8 +34,8 @@ def latents(
     if not G.label_dim:
         return z, z.new_zeros(len(z), 0)
     if label is None and G.conditions:
-        examples = G.conditions.values.to(device)
-        return z, G.conditions.standardize(examples[index % len(examples)])
+        examples = G.conditions.values
+        return z, G.conditions.standardize(examples[index.cpu() % len(examples)]).to(device)
     if label is None:
         label = index % G.label_dim
     label = torch.as_tensor(label, device=device)

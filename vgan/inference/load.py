@@ -95,8 +95,11 @@ def restore_generator(state: Mapping[str, Any], device: torch.device) -> Generat
             G.conditions = Conditions.from_state_dict(kept)
         if len(G.conditions.names if G.conditions else G.label_names) != G.label_dim:
             raise ValueError(f"not {G.label_dim} names")
+        if G.conditions and G.label_names:
+            raise ValueError("both classes and conditions")
     except (TypeError, ValueError, LookupError, RuntimeError) as e:
-        raise UserError(f"ckpt: has no names of classes ({e}); use an intact checkpoint") from e
+        problem = f"names of classes or conditions are damaged ({e})"
+        raise UserError(f"ckpt: {problem}; use an intact checkpoint") from e
     return G.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vgan.data.conditions import Conditions
 from vgan.inference.load import load_model
 from vgan.models.discriminator import DiscriminatorBase
 from vgan.models.generator import GeneratorBase
@@ -45,6 +46,8 @@ def read_source(init: str) -> Source:
         state = load_model(init).state
         G, D = dict(state["G_ema"]), dict(state.get("D", {}))
         labels = tuple(map(str, state["data"]["labels"]))
+        if kept := state["data"].get("conditions"):
+            labels = Conditions.from_state_dict(kept).key
         resolution = parse_resolution(state["sizes"]["img_resolution"])
     except UserError as e:
         raise UserError(f"init={init}: {str(e).removeprefix(f'ckpt={init}: ')}") from e
@@ -62,8 +65,9 @@ def initialize(
 ) -> str:
     """Copy what fits from `source` into G and D, in place; return a line that says what was taken.
 
-    labels: the class names of the new data. Raises UserError where networks are of other sizes, the
-    source has a higher resolution, or one of the freeze_d finest stages of D would be new.
+    labels: the names of the new data's classes or conditions. Raises UserError where networks are
+    of other sizes, the source has a higher resolution, or one of the freeze_d finest stages of D
+    would be new.
     """
     own, theirs = format_px(G.img_resolution), format_px(source.resolution)
     if coarsest_size(G.img_resolution) != coarsest_size(source.resolution):
@@ -82,7 +86,7 @@ def initialize(
         parts.append("D is new (an exported generator has none)")
     if labels:
         known = sum(name in source.labels for name in labels)
-        parts.append(f"{known} of {len(labels)} classes known by name")
+        parts.append(f"{known} of {len(labels)} classes or conditions known by name")
     return f"init={source.name}: " + "; ".join(parts) + "."
 
 
@@ -102,8 +106,6 @@ def _copy(
         elif _is_class_embedding(key):
             if len(value) != len(target):
                 raise _misfit(source, name, key, value, target)
-            if not labels and not source.labels and value.shape == target.shape:
-                target.copy_(value)  # of as many conditions
             for i, label in enumerate(labels):
                 if label in source.labels:
                     target[:, i] = value[:, source.labels.index(label)]

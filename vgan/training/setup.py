@@ -150,7 +150,7 @@ def setup(cfg: TrainConfig, device: torch.device, precision: str) -> Run:
     if cfg.init and not broadcast_from_rank0(lambda: checkpoint.all_checkpoints(run_dir)):
         init = read_source(cfg.init)
         identity["init"] = init.digest
-    state = build_state(cfg, sizes, device, precision, init, dataset.label_names)
+    state = build_state(cfg, sizes, device, precision, init, dataset.c_names)
     if state.D.judge_weight > 0:
         count = min(BACKBONE_SAMPLE, len(dataset))
         items = [i * len(dataset) // count for i in range(count)]  # of all classes
@@ -205,7 +205,7 @@ def build_state(
     """Build the networks and their optimizers for data of `sizes`, on the device.
 
     With `init`, the networks of another run are copied as far as they fit; `labels` are the names
-    of the classes.
+    of the columns of c.
     """
     G, D = build_networks(cfg, sizes)
     if init is not None:

@@ -6,14 +6,16 @@ const grid = $$("grid"), stage = $$("stage"), large = $$("large");
 const STRIP = 9; // images in a saved strip
 const FILM = 48; // images from one end to the other of a film
 const RATE = 25; // frames a second of a film
+const MOST_OPENED = 36; // images of files; as many as the largest grid
 const zoom = Math.max(1, Math.floor(64 / Math.min(height, width))); // of saved grids, as vgan-sample enlarges them
 
 document.documentElement.style.setProperty("--shape", `${width} / ${height}`); // of every image
 const TOUCH = matchMedia("(pointer: coarse)").matches;
 
 let backend = null;
-let opened = []; // images of files, before the others: {number: name, label: null, c}
-let tiles = []; // of the grid: {number, label, c, drawn, button, canvas, heat}
+let opened = []; // images of files, before the others: {number: name, label: null, z, c}
+let chosenFiles = []; // to be opened
+let tiles = []; // of the grid: {number, label, z, c, drawn, button, canvas, heat}
 let chosen = 0; // which tile the stage shows while there is no way
 let way = null; // {from, to, drawn} between two {number, label}
 let mixing = false; // the next tile that is chosen is the other end of a way
@@ -47,8 +49,8 @@ function slerp(a, b, t) {
 }
 
 async function pointsOf(images) {
-  const z = await latentsOf(images.map(({ number }) => number));
-  return images.map(({ label, c }, i) => ({ z: z[i], c: c ?? oneHot(label) }));
+  const z = await latentsOf(images.filter((image) => !image.z).map(({ number }) => number));
+  return images.map((image) => ({ z: image.z ?? z.shift(), c: image.c ?? oneHot(image.label) }));
 }
 
 async function pointsAlong({ from, to }, places) {
@@ -119,7 +121,7 @@ const nameOf = ({ number, label }) => `${number}${label === null ? "" : ` ${labe
 function wanted() {
   const first = Number($$("first").value), label = $$("label").value, count = Number($$("count").value);
   const numbered = Array.from({ length: count }, (_, i) => ({
-    number: first + i, label: labels.length ? (label === "" ? (first + i) % labels.length : Number(label)) : null, c: null,
+    number: first + i, label: labels.length ? (label === "" ? (first + i) % labels.length : Number(label)) : null, z: null, c: null,
   }));
   return [...opened, ...numbered].slice(0, count);
 }
@@ -142,7 +144,9 @@ async function drawGrid() {
 // What can be done now.
 function tell() {
   const numbers = tiles.map(({ number }) => number).slice(opened.length), aim = way ? "" : nameOf(tiles[chosen]);
-  $$("status").textContent = mixing ? `Select the image to mix ${aim} with` : numbers.length ? `Images ${numbers[0]} to ${numbers.at(-1)}` : "";
+  $$("status").textContent = mixing ? `Select the image to mix ${aim} with`
+    : numbers.length ? `Images ${numbers[0]} to ${numbers.at(-1)}` : `${tiles.length} of ${opened.length} opened`;
+  $$("close-opened").hidden = !opened.length;
   $$("hint").textContent = mixing ? "Select another image, or press Esc."
     : $$("attention").checked ? `${TOUCH ? "Tap" : "Point at"} a position in an image. Bright areas are those it attends to.`
       : way ? "The slider interpolates between the two images." : TOUCH ? "Mix with ... interpolates from this image to another." : "Drag an image onto another to interpolate between them.";
@@ -272,7 +276,7 @@ function present(drawn, name) {
 
 function mix(from, to) {
   aim(false);
-  const [a, b] = [from, to].map(({ number, label, c }) => ({ number, label, c }));
+  const [a, b] = [from, to].map(({ number, label, z, c }) => ({ number, label, z, c }));
   way = { from: a, to: b, drawn: null };
   copy(from.canvas, $$("from"));
   copy(to.canvas, $$("to"));
@@ -393,42 +397,58 @@ function walkQuery(event) {
 
 // --- files ----------------------------------------------------------------------------------------------------------
 
-// Return the rows of a .npy of float32 that vgan-invert wrote: z, and after it perhaps c.
+// Return the rows of a .npy of latents, as vgan-sample latent= reads them: z, and after it perhaps c.
 function rowsOf(buffer) {
-  const bytes = new Uint8Array(buffer), text = (from, to) => String.fromCharCode(...bytes.subarray(from, to));
+  const widths = [...new Set([zDim, zDim + labels.length])].map((width) => `(N, ${width})`).join(" or ");
+  const refuse = (problem) => { throw new Error(`${problem}; must be a .npy of float32 or float64 ${widths}, as vgan-invert writes it`); };
+  const bytes = new Uint8Array(buffer), isNpy = String.fromCharCode(...bytes.subarray(0, 6)) === "\x93NUMPY" && bytes.length > 12;
   const begin = bytes[6] === 1 ? 10 : 12; // versions 1 and 2 of the format
-  const end = begin + (bytes.length < begin ? 0 : new DataView(buffer)[begin === 10 ? "getUint16" : "getUint32"](8, true));
-  const header = text(0, 6) === "\x93NUMPY" && end <= bytes.length ? text(begin, end) : "";
-  const shape = header.match(/'shape': \((\d+), (\d+)\)/)?.slice(1).map(Number), widths = [zDim, zDim + labels.length];
-  if (!shape || !header.includes("'descr': '<f4'") || !header.includes("'fortran_order': False")) throw new Error("not a .npy of vgan-invert");
-  const [count, width] = shape;
-  if (!widths.includes(width)) throw new Error(`has rows of ${width} numbers, this model needs ${[...new Set(widths)].join(" or ")}`);
-  if (count < 1 || bytes.length < end + 4 * count * width) throw new Error("is cut short");
-  const values = new Float32Array(buffer.slice(end, end + 4 * count * width));
-  if (!values.every(Number.isFinite)) throw new Error("has numbers that are not finite");
+  const end = isNpy ? begin + new DataView(buffer)[begin === 10 ? "getUint16" : "getUint32"](8, true) : 0;
+  if (!isNpy || end > bytes.length) refuse("not a .npy");
+  const header = new TextDecoder().decode(bytes.subarray(begin, end)), kind = header.match(/'descr': '<f([48])'/)?.[1];
+  const shape = header.match(/'shape': \((\d+),(?: (\d+))?\)/)?.slice(1).map((size) => size && Number(size));
+  if (!kind || !shape || header.includes("'fortran_order': True")) refuse("holds another kind of array");
+  const [count, width] = shape[1] ? shape : [1, shape[0]];
+  if (![zDim, zDim + labels.length].includes(width)) refuse(`has rows of ${width} numbers`);
+  if (count < 1 || count > MOST_OPENED) refuse(`has ${count} rows, not 1 to ${MOST_OPENED}`);
+  const data = buffer.slice(end, end + Number(kind) * count * width);
+  if (data.byteLength < Number(kind) * count * width) refuse("is cut short");
+  const values = Float32Array.from(kind === "4" ? new Float32Array(data) : new Float64Array(data));
+  if (!values.every(Number.isFinite)) refuse("has numbers that are not finite");
   return Array.from({ length: count }, (_, i) => values.slice(i * width, (i + 1) * width));
 }
 
-async function open(files) {
-  const images = [];
+function open(files) {
+  chosenFiles.push(...files);
+  if (files.length) request("open", openChosen);
+}
+
+async function openChosen() {
+  const images = [], files = chosenFiles;
+  chosenFiles = [];
   for (const file of files) {
     const name = file.name.replace(/\.npy$/i, "");
     try {
       rowsOf(await file.arrayBuffer()).forEach((row, i, { length }) => {
-        const c = row.length > zDim ? row.slice(zDim) : oneHot(labels.length ? i % labels.length : null);
-        const number = length > 1 ? `${name} ${i}` : name;
-        images.push({ number, label: null, c, z: row.slice(0, zDim) });
+        const c = row.length > zDim ? row.slice(zDim) : oneHot(labels.length ? images.length % labels.length : null);
+        images.push({ number: length > 1 ? `${name} ${i}` : name, label: null, z: row.slice(0, zDim), c });
       });
     } catch (error) {
       throw new Error(`${file.name}: ${error.message}`);
     }
   }
-  images.forEach(({ number, z }) => known.set(number, z));
-  const names = new Set(images.map(({ number }) => number));
-  opened = [...images, ...opened.filter(({ number }) => !names.has(number))];
+  const isAgain = (old) => images.some(({ number, z }) => number === old.number && z.every((value, i) => value === old.z[i]));
+  opened = [...images, ...opened.filter((old) => !isAgain(old))].slice(0, MOST_OPENED);
   closeWay();
   chosen = 0;
   await drawGrid();
+}
+
+function closeOpened() {
+  opened = [];
+  chosen = 0;
+  closeWay();
+  request("grid", drawGrid);
 }
 
 function download(blob, name) {
@@ -540,16 +560,15 @@ function listen() {
   on("save-film", "click", () => request("file", saveFilm));
   on("save-grid", "click", () => savePng(tiles.map(({ drawn }) => drawn.image), Math.sqrt(tiles.length), zoom, `images-${tiles[0].number}`));
   on("open", "click", () => $$("file").click());
+  on("close-opened", "click", closeOpened);
   on("file", "change", () => {
-    const files = [...$$("file").files];
+    open([...$$("file").files]);
     $$("file").value = ""; // so that the same file can be opened again
-    if (files.length) request("open", () => open(files));
   });
   addEventListener("dragover", (event) => event.preventDefault());
   addEventListener("drop", (event) => {
     event.preventDefault();
-    const files = [...event.dataTransfer.files];
-    if (files.length) request("open", () => open(files));
+    open([...event.dataTransfer.files]);
   });
   on("large", "keydown", walkQuery);
   on("large", "click", (event) => heatAt(event, large, $$("large-heat"), (way ?? tiles[chosen]).drawn));
