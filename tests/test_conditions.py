@@ -222,7 +222,10 @@ def test_conditions_are_given_in_order_or_by_name(run_dir: Path, tmp_path: Path)
         (["condition={size:1}"], "size is unknown; use some of 0, 1"),
         (["condition={0:[1]}"], "is not a number"),
         (["label=1"], "label=1: this model was trained with conditions; use condition="),
-        (["motion=classes", "out=a.gif"], "motion=classes: needs two or more"),
+        (
+            ["motion=classes", "out=a.gif"],
+            "motion=classes: needs a model with classes, and .* or conditions",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(run_dir: Path, overrides: list[str], says: str) -> None:

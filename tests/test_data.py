@@ -207,7 +207,7 @@ def bad_npy(tmp_path: Path, array: np.ndarray) -> str:
         (lambda t: with_pictures(t, labels="nowhere.npy"), "no such file"),
         (lambda t: {"path": bad_npy(t, np.zeros((3, 16, 16, 3)))}, "must be uint8"),
         (lambda t: {"path": bad_npy(t, np.zeros((3, 16), np.uint8))}, "must be uint8"),
-        (lambda t: dict.fromkeys(("path", "labels"), grey_npy(t)), "one for each"),
+        (lambda t: dict.fromkeys(("path", "labels"), grey_npy(t)), "as many as images"),
         (lambda t: with_file(t / "x.zip"), "not a readable zip"),
         (lambda t: with_file(t / "x.txt"), "neither a folder"),
     ],

@@ -387,7 +387,11 @@ class TestPage:
         assert page.inner_text("#status") == "Images 13 to 25"
         page.select_option("#count", "4")
         idle(page)
-        assert page.inner_text("#status") == "4 of 4 opened"
+        assert page.inner_text("#status") == "Images 13 to 13"
+        (tmp_path / "more.npy").write_bytes(latents_npy(z, c))
+        page.set_input_files("#file", tmp_path / "more.npy")
+        page.locator("#status", has_text="4 of 5 opened").wait_for()
+        idle(page)
         page.click("#close-opened")
         idle(page)
         assert page.inner_text("#status") == "Images 13 to 16"

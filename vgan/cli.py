@@ -327,6 +327,6 @@ def _fail(program: str, text: str, code: int) -> None:
         code, text = 130, "stopped at once"
         if training_started():
             text += "; run the same command to resume from the last checkpoint"
-    line = "".join(ch if ch.isprintable() else "?" for ch in " ".join(text.split()))
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", " ".join(text.split()))  # a file may have sent them
     print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -247,7 +247,9 @@ def _film(cfg: SampleConfig, G: GeneratorBase) -> Film:
         if stops is None:
             stops = torch.arange(0 if G.conditions else G.label_dim)
         if len(stops) < 2:
-            rule = "needs two or more, in label=[...] or condition=[[...],[...]]"
+            rule = (
+                "needs a model with classes, and at least two of them in label=[...], or conditions"
+            )
             raise UserError(f"motion=classes: {rule}")
         z = z.repeat_interleave(len(stops), dim=0)
         if not G.conditions:
