@@ -33,15 +33,18 @@ def latents(
     z = normal(seed, "sample", index, G.z_dim) * truncation
     if not G.label_dim:
         return z, z.new_zeros(len(z), 0)
-    if label is None and G.conditions:
-        examples = G.conditions.values
-        return z, G.conditions.standardize(examples[index.cpu() % len(examples)]).to(device)
-    if label is None:
-        label = index % G.label_dim
-    label = torch.as_tensor(label, device=device)
+    label = torch.as_tensor(default_labels(G, index) if label is None else label, device=device)
     if label.is_floating_point():
         return z, label.to(z)
     return z, F.one_hot(label.expand(len(index)), G.label_dim).float()
+
+
+def default_labels(G: GeneratorBase, index: Tensor) -> Tensor:
+    """Return class i modulo label_dim (N,) of images i in `index` (N,), or c of an example."""
+    if G.conditions is None:
+        return index % max(1, G.label_dim)
+    examples = G.conditions.standardize(G.conditions.values)
+    return examples[index.cpu() % len(examples)]
 
 
 @torch.no_grad()

@@ -14,7 +14,16 @@ from vgan.config import SampleConfig
 from vgan.inference import attention_maps as maps
 from vgan.inference import directions, writers
 from vgan.inference.latent_files import read_latents
-from vgan.inference.latents import Film, draw, interpolate, latents, render, to_host, walk
+from vgan.inference.latents import (
+    Film,
+    default_labels,
+    draw,
+    interpolate,
+    latents,
+    render,
+    to_host,
+    walk,
+)
 from vgan.inference.load import (
     drawing_precision,
     load_model,
@@ -165,12 +174,9 @@ def _selection(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tenso
 def _classes(cfg: SampleConfig, G: GeneratorBase, index: Tensor) -> Tensor:
     """Return the classes of images `index` (N,), or their c. Several are used in order."""
     given = parse_c(cfg.label, cfg.condition, G)
-    if given is not None:
-        return given[torch.arange(len(index)) % len(given)]
-    if not G.conditions:
-        return index % max(1, G.label_dim)
-    examples = G.conditions.standardize(G.conditions.values)
-    return examples[index % len(examples)]
+    if given is None:
+        return default_labels(G, index)
+    return given[torch.arange(len(index)) % len(given)]
 
 
 def _inputs(cfg: SampleConfig, G: GeneratorBase, default: int) -> tuple[Tensor, Tensor, Tensor]:

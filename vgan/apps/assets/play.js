@@ -14,7 +14,7 @@ const TOUCH = matchMedia("(pointer: coarse)").matches;
 
 let backend = null;
 let opened = []; // images of files, before the others: {number: name, label: null, z, c}
-let chosenFiles = []; // to be opened
+let pendingFiles = []; // to be opened
 let tiles = []; // of the grid: {number, label, z, c, drawn, button, canvas, heat}
 let chosen = 0; // which tile the stage shows while there is no way
 let way = null; // {from, to, drawn} between two {number, label}
@@ -419,13 +419,13 @@ function rowsOf(buffer) {
 }
 
 function open(files) {
-  chosenFiles.push(...files);
-  if (files.length) request("open", openChosen);
+  pendingFiles.push(...files);
+  if (files.length) request("open", openPending);
 }
 
-async function openChosen() {
-  const images = [], files = chosenFiles;
-  chosenFiles = [];
+async function openPending() {
+  const images = [], files = pendingFiles;
+  pendingFiles = [];
   for (const file of files) {
     const name = file.name.replace(/\.npy$/i, "");
     try {
