@@ -24,6 +24,8 @@ _FREE = {
     "keep_checkpoints", "data", "eval_kimg", "eval", "features", "watchdog", "batch_gpu",
     "parallel", "tracker",
 }  # fmt: skip
+# How to ask for an optimizer of configs/optimizer by name.
+_OPTIMIZERS = {"torch.optim.Adam": "optimizer=adam", "vgan.training.soap.SOAP": "optimizer=soap"}
 
 
 def newest_nimg(run_dir: Path) -> int:
@@ -109,7 +111,7 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
             fix = "use"
             if k in before:
                 was = str(before[k]).replace("None", "null").replace(" ", "")
-                fix = f"give {k}={was}, or use"
+                fix = f"give {_OPTIMIZERS.get(was, f'{k}={was}')}, or use"
             raise UserError(f"{where}: {message}; {fix} another run_dir")
         rule = f"was {before.get(k)}, and the run has begun with it; keep it or use another run_dir"
         require(k != "init" or now[k] is None, k, now[k], rule)
