@@ -215,6 +215,8 @@ def parts(sizes: Sizes, out: Path, cifar: Path | None, minutes: float) -> dict[i
     fourth = [
         speed("32 px: patches of 2 px", "size.patch_size=2"),
         speed("32 px: patches of 2 px, depthwise=triton", "size.patch_size=2", "depthwise=triton"),
+        speed("32 px: optimizer=soap", "optimizer=soap"),
+        speed("32 px: size=s, optimizer=soap", "size=s", "optimizer=soap"),
         speed("32 px: pointwise=matmul", "pointwise=matmul"),
         speed("32 px: no penalty", "loss.penalty_every=1000000"),
         speed("32 px: penalty=finite_difference", "penalty=finite_difference"),

@@ -349,7 +349,7 @@ def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str,
         ),
         (
             "+optim.optimizer.speed=3",
-            "optim.optimizer.speed=3: torch.optim.Adam has no such argument",
+            "optim.optimizer.speed=3: vgan.training.soap.SOAP has no such argument",
         ),
     ],
 )
@@ -492,7 +492,8 @@ def test_checkpoint_of_another_model_or_of_other_data_is_refused(
     )
     assert "give model.generator.attention=self, or use another run_dir" in line
     other = message(*run.train(*TINY, "run_dir=r", "optim.optimizer._target_=torch.optim.AdamW"))
-    assert "optim.optimizer._target_ was torch.optim.Adam, is now torch.optim.AdamW" in other
+    assert "_target_ was vgan.training.soap.SOAP, is now torch.optim.AdamW" in other
+    assert "give optimizer=soap, or use another run_dir" in other
     assert "other data (data.seed was 0, is 9)" in message(
         *run.train(*TINY, "run_dir=r", "data.seed=9")
     )

@@ -358,7 +358,7 @@ def test_time_and_resumes_follow_from_the_statistics(tmp_path: Path) -> None:
             "+data.extra={a: [1, null], b: 'true'}",
             "compile=true",
         ],
-        ["~optim.optimizer.fused", "data.cache_dir='12'"],
+        ["optimizer=adam", "~optim.optimizer.fused", "data.cache_dir='12'"],
     ],
 )
 def test_the_command_gives_the_same_config(overrides: list[str]) -> None:

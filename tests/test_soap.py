@@ -96,16 +96,17 @@ def test_a_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_a_run_of_adam_is_not_resumed_with_it(tmp_path: Path) -> None:
-    train_in_process(tmp_path, "total_kimg=0.016")
+    train_in_process(tmp_path, "total_kimg=0.016", "optimizer=adam")
     with pytest.raises(UserError, match=r"optimizer._target_ was .*; give optimizer=adam, or use"):
-        train_in_process(tmp_path, "total_kimg=0.032", "optimizer=soap")
+        train_in_process(tmp_path, "total_kimg=0.032")
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("optim.beta1=0.5", "beta1=0.5: SOAP has no momentum; use 0"),
-        ("optim.optimizer.basis_every=0", "basis_every=0: must be at least 1"),
+        ("+optim.optimizer.basis_every=0", "basis_every=0: must be at least 1"),
+        ("optim.optimizer.eps=-1", "must not be negative"),
         ("parallel=fsdp", "parallel=fsdp: shards weights, and optimizer=soap needs whole ones"),
     ],
 )

@@ -21,6 +21,7 @@ _GROUPS = {
     "size": "name",
     "loss": "name",
     "augment": "name",
+    "optimizer": "_target_",
     "features": "_target_",
 }
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.:@%+-]*")
@@ -72,9 +73,13 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 def _option(group: str, config: dict[str, Any]) -> str:
     """Return the option of a group that a config contains. Raises ValueError if none fits."""
     node, key = config.get(group), _GROUPS[group]
+    if group == "optimizer":
+        node = config.get("optim", {}).get("optimizer")
     for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
         if isinstance(node, dict) and _read_option(path, group).get(key) == node.get(key):
             return path.stem
+    if group == "optimizer":
+        return "adam"  # any other of torch.optim is given by its _target_
     raise ValueError(group)
 
 

@@ -45,6 +45,10 @@ class SOAP(torch.optim.Optimizer):
             raise ValueError(f"beta1={betas[0]}: SOAP has no momentum; use 0")
         if basis_every < 1:
             raise ValueError(f"basis_every={basis_every}: must be at least 1")
+        if not (eps >= 0 and 0 <= basis_beta < 1):
+            raise ValueError(
+                f"eps={eps}, basis_beta={basis_beta}: must not be negative, nor a beta 1"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "basis_beta": basis_beta})
         self._basis_every, self._max_size = basis_every, max_size
 
