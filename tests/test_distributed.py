@@ -103,16 +103,17 @@ def test_the_number_of_processes_does_not_change_the_run(
 def test_networks_spread_over_processes_train_alike_and_their_checkpoints_load_on_one(
     tmp_path: Path,
 ) -> None:
-    alone(tmp_path / "whole")
-    launch(2, tmp_path / "spread", "parallel=fsdp")
+    alone(tmp_path / "whole", "optimizer=adam")
+    launch(2, tmp_path / "spread", "parallel=fsdp", "optimizer=adam")
     close(tmp_path / "whole", tmp_path / "spread", rel=2e-3)
     assert load_generator(tmp_path / "spread", device="cpu")(
         torch.zeros(1, 64), torch.eye(8)[:1]
     ).shape == (1, 3, 16, 16)
-    alone(tmp_path / "moved", "total_kimg=0.032", "schedule_kimg=0.064")
+    alone(tmp_path / "moved", "total_kimg=0.032", "schedule_kimg=0.064", "optimizer=adam")
     out = launch(
         2,
         tmp_path / "moved",
+        "optimizer=adam",
         "schedule_kimg=0.064",
         "parallel=fsdp",
         "size.gradient_checkpointing=true",
@@ -346,7 +347,7 @@ from vgan.cli import compose
 from vgan.runtime.distributed import process_group
 from vgan.runtime.errors import UserError
 from vgan.training.setup import setup
-common, rank = sys.argv[1:], os.environ["RANK"]
+common, rank = [*sys.argv[1:], "optimizer=adam"], os.environ["RANK"]
 others = [
     [], ["threads=2", "run_dir=elsewhere"], ["data.size=48"], ["optim.lr_G.start=0.5"],
     ["parallel=fsdp"], ["batch_size=7"],

@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(
     assert any("run_dir=file/r: cannot be written" in p for p in problems(out))
     for free, stops, text in (
         (1000, 1, "cannot hold two checkpoints"),
-        (1_000_000, 0, "full before the end"),
+        (3_000_000, 0, "full before the end"),
     ):
         disk = SimpleNamespace(free=free)
         seams.replace_disk_usage(lambda path, disk=disk: disk, monkeypatch)

@@ -96,7 +96,7 @@ class OptimConfig:
     optimizer: dict[str, Any] = key("_target_ and arguments of the optimizer")
     lr_G: Ramp = node(Ramp, "learning rate of the generator, .start and .end", at_least(0))
     lr_D: Ramp = node(Ramp, "learning rate of the discriminator, .start and .end", at_least(0))
-    beta1: float = key("Adam's beta1", from_to_below(0, 1))
+    beta1: float = key("Adam's beta1; SOAP needs 0", from_to_below(0, 1))
     beta2: Ramp = node(Ramp, "Adam's beta2, .start and .end", from_to_below(0, 1))
 
 

@@ -28,6 +28,9 @@ class SOAP(torch.optim.Optimizer):
     basis_beta: of the means of g g^T and g^T g. basis_every: in steps. max_size: a side of more
     rows gets no basis, since eigenvectors take its cube in operations.
 
+    State of a matrix: the mean squares (out, in) and, for each side with a basis, two matrices
+    (side, side).
+
     Raises ValueError for a first beta other than 0.
     """
 
@@ -79,8 +82,8 @@ class SOAP(torch.optim.Optimizer):
         # Means are plain at first, then moving: no correction for starting at zero is needed.
         for side, dim in (("out", 0), ("in", 1)):
             if f"cov_{side}" in state:
-                cov = g @ g.T if dim == 0 else g.T @ g
-                state[f"cov_{side}"].lerp_(cov, 1 - min(group["basis_beta"], 1 - 1 / t))
+                a, beta = (g, g.T)[dim], min(group["basis_beta"], 1 - 1 / t)
+                state[f"cov_{side}"].addmm_(a, a.T, beta=beta, alpha=1 - beta)
                 if t % self._basis_every == 0:
                     self._turn(state, side, dim)
         rotated = _rotate(g, state, back=False)
