@@ -85,6 +85,15 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
     assert torch.equal(w, torch.ones(4, 3))
 
 
+def test_what_is_not_finite_is_left_to_the_watchdog() -> None:
+    w = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = SOAP([w])
+    for value in (*range(8), float("nan"), float("inf"), *range(12)):
+        w.grad = torch.full_like(w, value)
+        optimizer.step()
+    assert not w.isfinite().any()
+
+
 def test_a_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
     options = ("optimizer=soap", "schedule_kimg=0.24", "snapshot_kimg=0.12")
     train_in_process(tmp_path / "a", *options, "total_kimg=0.24")

@@ -1,4 +1,4 @@
-"""SOAP, an optimizer that knows how the gradients of a layer's weights hang together."""
+"""SOAP, a second-order optimizer for layers whose gradients are correlated."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -109,7 +109,8 @@ class SOAP(torch.optim.Optimizer):
         """Bring a basis nearer to the eigenvectors, the largest eigenvalue first."""
         cov, basis = state[f"cov_{side}"], state[f"basis_{side}"]
         if int(state["step"]) == self._basis_every:  # the first time, of as many gradients
-            state[f"basis_{side}"] = torch.linalg.eigh(cov)[1].flip(1).contiguous()
+            finite = cov.nan_to_num(0, 0, 0)  # eigh raises otherwise; the loss tells the watchdog
+            state[f"basis_{side}"] = torch.linalg.eigh(finite)[1].flip(1).contiguous()
             return
         moved = cov @ basis
         order = (basis * moved).sum(0).argsort(descending=True)
