@@ -63,7 +63,7 @@ def _check_train(cfg: TrainConfig) -> None:
     require(no_triton, "depthwise", cfg.depthwise, "needs penalty=jvp or finite_difference")
     scaled = cfg.parallel == "ddp" or cfg.precision != "fp16"
     require(scaled, "parallel", cfg.parallel, "needs bf16, tf32 or fp32; use ddp for fp16")
-    soap = str(cfg.optim.optimizer.get("_target_", "")).endswith("SOAP")
+    soap = cfg.optim.optimizer.get("_target_") == "vgan.training.soap.SOAP"
     rule = "shards weights, and optimizer=soap needs whole ones; use ddp or optimizer=adam"
     require(cfg.parallel == "ddp" or not soap, "parallel", cfg.parallel, rule)
     begun = cfg.init is not None or cfg.freeze_d == 0
