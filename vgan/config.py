@@ -57,6 +57,7 @@ class SizeConfig:
     attention_resolutions: list[int] = key("px of the stages with attention, if the model uses it")
     lr: float = key("learning rate that suits the widths, at the start", above(0))
     lr_end: float = key("the same at the end", above(0))
+    batch_size: int = key("batch size of data=folder, hf and webdataset", above(0))
 
 
 @dataclass
