@@ -18,7 +18,7 @@ from vgan.models.discriminator import Discriminator
 from vgan.models.generator import Generator
 from vgan.runs import checkpoint
 from vgan.runtime.errors import UserError
-from vgan.training.initialize import Source, initialize, read_source
+from vgan.training.initialize import Source, initialize
 
 WIDTHS = ["size.g_widths=[8,8,8,8]", "size.d_widths=[8,8,8,8]"]
 SHORT = ["total_kimg=0.016", "optim.lr_G.start=0", "optim.lr_G.end=0"]
@@ -87,27 +87,11 @@ def test_modulation_begins_from_nothing_or_from_the_source(source: Path, tmp_pat
     assert torch.equal(new.modulations[0].weight, G.modulations[0].weight[:, :8])
 
 
-def test_mapping_layers_are_taken_and_must_be_as_many(source: Path) -> None:
-    size: dict[str, Any] = {"embed_dim": 4, "modulation": True, "mapping_layers": 2}
-    G = Generator(8, 16, [8, 8, 8], label_dim=3, **size)
-    new = Generator(8, 16, [8, 8, 8], **size)
-    taken = Source("other", "", 16, ("a", "b", "c"), dict(G.state_dict()), {})
-    initialize(new, Discriminator(16, [8, 8, 8]), taken, ())
-    own, theirs = new.state_dict(), G.state_dict()
-    first = "input.mapping.0.weight"
-    assert torch.equal(own[first], theirs[first][:, :8])  # the columns of z
-    for key in ("input.mapping.2.weight", "input.scale.weight"):
-        assert torch.equal(own[key], theirs[key])
-    with pytest.raises(UserError, match=r"has 0 mapping layers, size\.mapping_layers=2; use"):
-        initialize(new, Discriminator(16, [8, 8, 8]), read_source(str(source)), ())
-
-
 def test_a_run_from_before_modulation_goes_on(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "old")
     path = checkpoint.find(tmp_path / "old")
     state = checkpoint.load(path)
-    for name in ("modulation", "mapping_layers"):
-        del state["config"]["model"]["generator"][name], state["config"]["size"][name]
+    del state["config"]["model"]["generator"]["modulation"], state["config"]["size"]["modulation"]
     checkpoint.save(path, state, keep=3)
     train_in_process(tmp_path / "old", *WIDTHS, "total_kimg=0.096")
     with pytest.raises(UserError, match="modulation was False, is now True"):

@@ -1,8 +1,5 @@
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 
 from vgan.models.attention import AdaptiveAttention2d, SelfAttention2d
 from vgan.models.discriminator import Discriminator
@@ -160,23 +157,6 @@ def test_modulation_starts_as_nothing_and_then_reaches_every_stage() -> None:
     for modulation in G.modulations:
         assert modulation.weight.grad is not None
         assert (modulation.weight.grad != 0).all()  # from z and from the class
-
-
-def test_mapping_layers_come_before_all_scales() -> None:
-    torch.manual_seed(0)
-    size: dict[str, Any] = {"label_dim": 2, "embed_dim": 4, "modulation": True}
-    G = Generator(8, 16, WIDTHS, mapping_layers=2, **size)
-    latent = G.input.latent(torch.randn(1000, 8), torch.eye(2).repeat(500, 1))
-    assert latent.shape == (1000, WIDTHS[0])
-    assert 0.5 < latent.square().mean() < 2  # layers keep the scale of z
-    plain = Generator(8, 16, WIDTHS, **size)
-    own, without = G.state_dict(), plain.state_dict()
-    assert own.keys() - without.keys() == {
-        f"input.mapping.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")
-    }
-    for scale in (G.input.scale, *G.modulations):
-        assert isinstance(scale, nn.Linear)
-        assert scale.in_features == WIDTHS[0]
 
 
 def test_conditioning_reaches_both_networks() -> None:

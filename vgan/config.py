@@ -47,9 +47,6 @@ class SizeConfig:
     expansion: int = key("channel expansion inside a residual block")
     patch_size: int | None = key("px per side of a cell of the finest map; null: 16 x 16 cells")
     modulation: bool = key("whether z and class scale the features of every stage of the generator")
-    mapping_layers: int = key(
-        "layers that z and class pass through first, as in StyleGAN's mapping network", at_least(0)
-    )
     gradient_checkpointing: bool | None = key(
         "recompute activations in the backward pass: less memory, a third more time; null: from "
         "512 px on"

@@ -1,14 +1,12 @@
 """Directions of the latent space: principal components of what the generator's layers see of z."""
 
-import copy
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgan.inference.latents import Film
-from vgan.models.generator import GeneratorBase, LatentInput
+from vgan.models.generator import GeneratorBase
 from vgan.runtime.errors import UserError
 
 
@@ -18,34 +16,19 @@ def components(G: GeneratorBase) -> Tensor:
     They are those of the responses of the first layer to z ~ N(0, I) (Haerkoenen et al. 2020,
     GANSpace), with modulation those of all layers that receive z. These layers are linear, so that
     the components are the eigenvectors of W^T W for their stacked weights W (Shen & Zhou 2021,
-    SeFa). Behind a mapping network with Jacobian J(z), they are those of the mean of J^T W^T W J
-    over random z. Each is turned so that its largest entry is positive. Raises UserError for a
-    network of another kind.
+    SeFa). Each is turned so that its largest entry is positive. Raises UserError for a network of
+    another kind.
     """
-    source = getattr(G, "input", None)
-    if not isinstance(source, LatentInput):
+    first = getattr(getattr(G, "input", None), "scale", None)
+    if not isinstance(first, nn.Linear):
         problem = f"components: {type(G).__name__} has no linear first layer"
         raise UserError(f"{problem}; use motion=walk or interpolate")
-    layers = [source.scale, *getattr(G, "modulations", [])]
+    layers = [first, *getattr(G, "modulations", [])]
+    W = torch.cat([layer.weight[:, : G.z_dim] for layer in layers])  # z comes before the class
     # On the CPU and in float64, so that every device finds the same directions.
-    W = torch.cat([layer.weight for layer in layers]).detach().cpu().double()
-    response = W @ _jacobians(source, G.z_dim)
-    V = torch.linalg.eigh((response.mT @ response).mean(0))[1].flip(1).T
+    V = torch.linalg.eigh((W.T @ W).cpu().double())[1].flip(1).T
     largest = V.gather(1, V.abs().argmax(1, keepdim=True))
-    return (V * largest.sign()).to(source.scale.weight)
-
-
-def _jacobians(source: LatentInput, z_dim: int) -> Tensor:
-    """Return the derivatives (n, features, z_dim) of what the layers receive, at n random z."""
-    mapping = copy.deepcopy(source.mapping).cpu().double()
-    linear = [layer for layer in (*mapping, source.scale) if isinstance(layer, nn.Linear)]
-    embed_dim = linear[0].in_features - z_dim
-
-    def latent(z: Tensor) -> Tensor:
-        return mapping(F.pad(z, (0, embed_dim)))  # z comes before the class, of which there is none
-
-    z = torch.randn(256, z_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return torch.func.vmap(torch.func.jacfwd(latent))(z)
+    return (V * largest.sign()).to(W)
 
 
 def component(G: GeneratorBase, number: int) -> Tensor:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from vgan.data.conditions import Conditions
 from vgan.models.attention import attention_layer
 from vgan.models.layers import (
-    GAIN,
-    LEAK,
     BiasLeakyReLU,
     ConvToPixels,
     PointwiseConv2d,
@@ -31,20 +29,12 @@ class LatentInput(nn.Module):
     embedding. The class embedding starts at a fifth of the size of z: with equal sizes small
     generators ignored z, and on data=shapes each class had collapsed to one image after 20,000
     images.
-
-    Between the two are mapping_layers layers of `width` features (Karras et al. 2019).
     """
 
     memory_format = torch.channels_last  # all layers follow it; changed in comparisons only
 
     def __init__(
-        self,
-        z_dim: int,
-        label_dim: int,
-        width: int,
-        embed_dim: int,
-        size: tuple[int, int],
-        mapping_layers: int = 0,
+        self, z_dim: int, label_dim: int, width: int, embed_dim: int, size: tuple[int, int]
     ) -> None:
         super().__init__()
         self.label_dim = label_dim
@@ -52,13 +42,6 @@ class LatentInput(nn.Module):
         if self.embed is not None:
             init_normal(self.embed.weight, 0.2)
         features = z_dim + (embed_dim if label_dim else 0)
-        self.mapping = nn.Sequential()
-        for _ in range(mapping_layers):
-            layer = nn.Linear(features, width)
-            init_normal(layer.weight, GAIN / math.sqrt(features))
-            nn.init.zeros_(layer.bias)
-            self.mapping.extend([layer, nn.LeakyReLU(LEAK)])
-            features = width
         self.scale = nn.Linear(features, width)
         init_normal(self.scale.weight, 1 / math.sqrt(features))
         nn.init.zeros_(self.scale.bias)
@@ -66,15 +49,15 @@ class LatentInput(nn.Module):
         init_normal(self.basis, 1.0)
 
     def latent(self, z: Tensor, c: Tensor | None) -> Tensor:
-        """Return z and the embedding of its class, if there is one, through the mapping layers."""
+        """Return z, followed by the embedding of its class if there are classes."""
         if self.embed is None:
-            return self.mapping(z)
+            return z
         if c is None:
             raise ValueError(
                 f"c=None: this generator needs c (N, {self.label_dim}); "
                 "give one-hot classes or standardized conditions"
             )
-        return self.mapping(torch.cat([z, self.embed(c)], dim=1))
+        return torch.cat([z, self.embed(c)], dim=1)
 
     def forward(self, z: Tensor, c: Tensor | None) -> Tensor:
         return self.features(self.latent(z, c))
@@ -119,7 +102,6 @@ class Generator(GeneratorBase):
 
     With modulation, z and class scale the channels of every stage, not only of the first. The
     scales start at 1. On emoji it kept more variety: recall 0.19 instead of 0.08 (docs/results.md).
-    mapping_layers come between the latents and the scales, as in StyleGAN.
 
     gradient_checkpointing recomputes the features of each layer in the backward pass: less memory,
     about a third more work (Chen et al. 2016). None does so from 512 px on.
@@ -143,7 +125,6 @@ class Generator(GeneratorBase):
         embed_dim: int = 64,
         patch_size: int | None = 1,
         modulation: bool = False,
-        mapping_layers: int = 0,
         gradient_checkpointing: bool | None = False,
     ) -> None:
         super().__init__()
@@ -155,7 +136,7 @@ class Generator(GeneratorBase):
             gradient_checkpointing, self.img_resolution
         )
         size = coarsest_size(img_resolution)
-        self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim, size, mapping_layers)
+        self.input = LatentInput(z_dim, label_dim, widths[0], embed_dim, size)
         self.stages, self.transitions = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths[:stages]):
             stage = nn.Sequential()

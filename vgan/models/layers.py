@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.2  # slope of every leaky ReLU below zero
-GAIN = math.sqrt(2 / (1 + LEAK**2))  # keeps the variance through a leaky ReLU (He et al. 2015)
+_GAIN = math.sqrt(2 / (1 + LEAK**2))  # keeps the variance through a leaky ReLU (He et al. 2015)
 
 
 def init_normal(weight: Tensor, std: float) -> None:
@@ -23,7 +23,7 @@ def init_normal(weight: Tensor, std: float) -> None:
         nn.init.normal_(weight, std=std)
 
 
-def init_conv(conv: nn.Conv2d, gain: float = GAIN) -> nn.Conv2d:
+def init_conv(conv: nn.Conv2d, gain: float = _GAIN) -> nn.Conv2d:
     """Initialise weights ~ N(0, gain^2 / fan_in) and bias 0; return `conv`."""
     fan_in = conv.weight[0].numel()
     init_normal(conv.weight, gain / math.sqrt(fan_in))

@@ -21,9 +21,7 @@ from vgan.runtime.errors import UserError
 from vgan.runtime.images import Resolution, format_px, height_width, parse_resolution
 
 _STAGE = re.compile(r"^(stages|transitions)\.(\d+)\.")
-_MAPPING = re.compile(r"input\.mapping\.\d+\.weight")
-# Linear maps of z, then of the class embedding; behind a mapping network of its result.
-_LATENT = ("input.mapping.0.", "input.scale.", "modulations.")
+_LATENT = ("input.scale.", "modulations.")  # linear maps of z, then of the class embedding
 # What follows from the resolution, the colours or the classes, and may have another shape.
 _ENDS = ("act.", "to_rgb.", "from_rgb.")
 
@@ -81,18 +79,14 @@ def initialize(
     if freeze_d > 0 and (not source.D or G.img_resolution != source.resolution):
         rule = f"needs a discriminator of {own} in init={source.name}"
         raise UserError(f"freeze_d={freeze_d}: {rule}; use freeze_d=0")
-    mapping, known = _count_mapping_layers(G.state_dict()), _count_mapping_layers(source.G)
-    if mapping != known:
-        rule = f"has {known} mapping layers, size.mapping_layers={mapping}"
-        raise UserError(f"init={source.name}: {rule}; use size.mapping_layers={known}")
     parts = [_copy("G", G, source, source.G, labels)]
     if source.D:
         parts.append(_copy("D", D, source, source.D, labels))
     else:
         parts.append("D is new (an exported generator has none)")
     if labels:
-        count = sum(name in source.labels for name in labels)
-        parts.append(f"{count} of {len(labels)} classes or conditions known by name")
+        known = sum(name in source.labels for name in labels)
+        parts.append(f"{known} of {len(labels)} classes or conditions known by name")
     return f"init={source.name}: " + "; ".join(parts) + "."
 
 
@@ -135,12 +129,7 @@ def _copy(
 
 def _z_dim(weights: Mapping[str, Tensor]) -> int:
     embed = weights.get("input.embed.weight")
-    first = weights.get("input.mapping.0.weight", weights["input.scale.weight"])
-    return first.shape[1] - (0 if embed is None else len(embed))
-
-
-def _count_mapping_layers(weights: Mapping[str, Any]) -> int:
-    return sum(bool(_MAPPING.fullmatch(key)) for key in weights)
+    return weights["input.scale.weight"].shape[1] - (0 if embed is None else len(embed))
 
 
 def _is_class_embedding(key: str) -> bool:

@@ -98,12 +98,8 @@ def check_settings(run: Run, state: dict[str, Any]) -> None:
             n = min(len(before[k]), len(now[k]))  # those of higher resolutions have no effect
             before[k], now[k] = before[k][:n], now[k][:n]
     before = {"init": None, "freeze_d": 0, **before}
-    for name, value in {
-        "modulation": False,
-        "mapping_layers": 0,
-    }.items():  # not in the first versions
-        if f"model.generator.{name}" in now:
-            before.setdefault(f"model.generator.{name}", value)
+    if "model.generator.modulation" in now:  # not in the first versions
+        before.setdefault("model.generator.modulation", False)
     # A setting that an earlier version did not know had no effect then, except in these.
     added = {k for k in now.keys() ^ before.keys() if k.startswith(("model.", "optim.optimizer"))}
     common = now.keys() & before.keys()
