@@ -460,6 +460,7 @@ def test_failed_download_says_which_files_to_put_where(
         raise error
 
     monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
+    monkeypatch.setattr(torchvision_sets.celeba_mirror, "CelebAMirror", fail)
     with pytest.raises(UserError, match=file) as caught:
         getattr(torchvision_sets, kind)(str(tmp_path))
     assert str(tmp_path) in str(caught.value)

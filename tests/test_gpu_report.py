@@ -16,6 +16,7 @@ def report(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_rehearsal_measures_every_part_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     words = ("--rehearse", "--out", str(tmp_path))
     first = report(*words, "--part", "1")
