@@ -233,12 +233,14 @@ def test_defaults_for_a_data_set_can_be_switched_off() -> None:
     assert (other.batch_size, other.size.name, other.augment.name) == (256, "s", "scheduled")
 
 
-def test_the_batch_of_own_images_suits_the_size() -> None:
+def test_the_defaults_of_own_images_suit_the_size() -> None:
     for name, key in (("folder", "path"), ("hf", "repo"), ("webdataset", "urls")):
         words = [f"data={name}", f"data.{key}=x"]
         assert cli.compose("vgan-train", words).batch_size == 64  # size=s
         assert cli.compose("vgan-train", [*words, "size=xs"]).batch_size == 16
         assert cli.compose("vgan-train", [*words, "size=xs", "batch_size=8"]).batch_size == 8
+        assert cli.compose("vgan-train", words).size.modulation
+        assert not cli.compose("vgan-train", [*words, "size.modulation=false"]).size.modulation
 
 
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "data").glob("*.yaml")), ids=lambda p: p.stem)
