@@ -160,9 +160,9 @@ def train_cifar(sizes: Sizes, cifar: Path | None, run_dir: Path, minutes: float)
     run(COMMANDS["vgan-train"])
     found = sorted(run_dir.glob("checkpoint-*.safetensors"))
     chosen = [str(found[min(minute, len(found)) - 1]) for minute in AT_MINUTES]
-    n = ["n=50000"] if sizes is FULL else ["n=20", "metrics=[fid,diversity]"]
-    features = ["features=learned", *([] if sizes is FULL else ["features.train_kimg=0.1"])]
-    sys.argv = ["vgan-eval", f"ckpt=[{','.join(chosen)}]", *features, *n, f"device={sizes.device}"]
+    tiny = ["n=20", "metrics=[fid,diversity]", "features.train_kimg=0.1"]
+    how = ["features=learned", *(["n=50000"] if sizes is FULL else tiny)]
+    sys.argv = ["vgan-eval", f"ckpt=[{','.join(chosen)}]", *how, f"device={sizes.device}"]
     run(COMMANDS["vgan-eval"])
     ticks = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
