@@ -1,17 +1,20 @@
-"""Compare generators, or any settings, at equal training time.
+"""Compare generators, or any settings, at equal training time or equal images.
 
     uv run python scripts/ablate.py --minutes 3 --seeds 3 --out outputs/ladder
     uv run python scripts/ablate.py data=cifar10 size=m batch_size=256 --minutes 10
     uv run python scripts/ablate.py --minutes 3 --jobs 2 threads=1       # two runs side by side
     uv run python scripts/ablate.py experiment=few data.path=images size=xs --minutes 9 \\
         --variant "lr 5e-4" "size.lr=5e-4 size.lr_end=1e-4" --variant "lr 4e-3" ""
+    uv run python scripts/ablate.py --kimg 60 --variant rpgan "" --variant hinge loss=hinge
 
 Takes vgan-train's overrides for all rows. The rows are the generators of `model=`, their channels
 scaled in steps of 8 until each has as many parameters as attn's; or, with --variant, what the
-variants say. Images per second are measured on this machine, one
-generator after another, and each gets as many images as fit the minutes, so that a slower machine
-changes the budget but not the comparison. Writes ladder.md, ladder.json and, with matplotlib,
-ladder.png; evaluates as vgan-eval does. The same command resumes: finished parts are kept.
+variants say. Images per second are measured on this machine, one generator after another, and each
+gets as many images as fit the minutes, so that a slower machine changes the budget but not the
+comparison. With --kimg each gets that many thousand images. Evaluates as vgan-eval does.
+
+Writes ladder.md, ladder.json, samples.png (a grid for each row, left to right) and, with
+matplotlib, ladder.png. The same command resumes: finished parts are kept.
 """
 
 import argparse
@@ -26,8 +29,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench import build_run, open_variant
+from PIL import Image
 
 from vgan.data.packed import default_cache_dir
 from vgan.data.shapes import SHAPE_NAMES
@@ -35,6 +40,7 @@ from vgan.evaluation.evaluator import make_evaluator
 from vgan.evaluation.shapes_oracle import Oracle, score_samples
 from vgan.inference.latents import draw
 from vgan.inference.load import drawing_precision, load_generator
+from vgan.runtime.images import grid, to_rgb
 from vgan.training.summary import count_multiply_adds, count_parameters
 
 RUNGS = ("plain", "conv", "sep", "attn", "adaptive")
@@ -186,6 +192,19 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_samples(run_dirs: Sequence[Path], path: Path) -> None:
+    """Write the first 8 rows of samples of each run side by side, one column for each class."""
+    grids: list[np.ndarray] = []
+    for run_dir in run_dirs:
+        G = load_generator(run_dir, "cpu")
+        columns = min(G.label_dim, 10) if G.label_names else 8
+        index = torch.arange(8 * columns)
+        images = draw(G, index, seed=0, label=index % columns if G.label_names else None)
+        samples = grid(to_rgb(images), columns)
+        grids += [samples, np.full((len(samples), 16, 3), 128, np.uint8)]
+    Image.fromarray(np.concatenate(grids[:-1], axis=1)).save(path)
+
+
 def folder_of(out: Path, name: str, seed: int) -> Path:
     """Return the run folder of a row and a seed."""
     return out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{seed}"
@@ -197,6 +216,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     parser.add_argument("--minutes", type=float, default=3, help="of training for each run")
+    parser.add_argument("--kimg", type=float, help="thousands of images of each run, not minutes")
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of each generator, with seeds 0, 1, ..."
     )
@@ -224,7 +244,8 @@ def main() -> None:
                 rates[rung].append(measure(row["overrides"], 4))
         for rung, row in rows.items():
             row["img_per_s"] = statistics.median(rates[rung])
-            row["nimg"] = round(row["img_per_s"] * 60 * args.minutes / 1000) * 1000
+            kimg = args.kimg or round(row["img_per_s"] * 60 * args.minutes / 1000)
+            row["nimg"] = round(kimg * 1000)
         plan_path.write_text(json.dumps(rows, indent=1))
     jobs = {}
     for seed in range(args.seeds):
@@ -242,10 +263,10 @@ def main() -> None:
         ]
     (args.out / "ladder.json").write_text(json.dumps(rows, indent=1))
     what = " ".join(args.overrides) or "the embedded default"
-    title = (
-        f"{args.minutes:g} minutes a run, {args.seeds} seeds; {what}; ± is one standard deviation"
-    )
+    length = f"{args.kimg:g} thousand images" if args.kimg else f"{args.minutes:g} minutes"
+    title = f"{length} a run, {args.seeds} seeds; {what}; ± is one standard deviation"
     write_table(rows, args.out / "ladder.md", title)
+    draw_samples([folder_of(args.out, rung, 0) for rung in rows], args.out / "samples.png")
     plot(rows, args.out / "ladder.png")
 
 
