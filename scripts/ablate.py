@@ -159,7 +159,7 @@ def write_table(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None
     for name, row in rows.items():
         scores = row["scores"]
         cells = [name, f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.1f} M"]
-        cells += [f"{row['img_per_s']:,.0f}", f"{row['nimg']:,}"]
+        cells += [f"{row['img_per_s']:,.0f}" if "img_per_s" in row else "", f"{row['nimg']:,}"]
         cells.append(spread([s["fid"] for s in scores], 2))
         cells.append(spread([1000 * s["kid"] for s in scores], 2))
         cells += [spread([s[k] for s in scores], 2) for k in ("precision", "recall", "diversity")]
@@ -210,13 +210,41 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
     return out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{seed}"
 
 
+def make_plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the rows and how many images each is trained on, as an earlier call left them."""
+    path = args.out / "plan.json"
+    asked = {name: getattr(args, name) for name in ("overrides", "variant", "minutes", "kimg")}
+    if path.exists():
+        plan = json.loads(path.read_text())
+        if plan["asked"] != asked:
+            raise SystemExit(f"--out {args.out}: holds another comparison; use another folder")
+        return plan["rows"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    variants = {name: [*args.overrides, *words.split()] for name, words in args.variant}
+    if not variants:
+        variants = {rung: matched(rung, args.overrides) for rung in args.rungs.split(",")}
+    rows = {name: describe(overrides) for name, overrides in variants.items()}
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(3 if args.kimg is None else 0):
+        for name, row in rows.items():
+            rates[name].append(measure(row["overrides"], 4))
+    for name, row in rows.items():
+        if args.kimg is None:
+            row["img_per_s"] = statistics.median(rates[name])
+            row["nimg"] = round(row["img_per_s"] * 60 * args.minutes / 1000) * 1000
+        else:
+            row["nimg"] = round(1000 * args.kimg)
+    path.write_text(json.dumps({"asked": asked, "rows": rows}, indent=1))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="as for vgan-train")
     parser.add_argument("--minutes", type=float, default=3, help="of training for each run")
-    parser.add_argument("--kimg", type=float, help="thousands of images of each run, not minutes")
+    parser.add_argument("--kimg", type=float, help="thousands of images, instead of --minutes")
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of each generator, with seeds 0, 1, ..."
     )
@@ -229,24 +257,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"))
     args = parser.parse_intermixed_args()  # overrides may stand before and after options
-    args.out.mkdir(parents=True, exist_ok=True)
-    plan_path = args.out / "plan.json"
-    if plan_path.exists():
-        rows = json.loads(plan_path.read_text())
-    else:
-        variants = {name: [*args.overrides, *words.split()] for name, words in args.variant}
-        if not variants:
-            variants = {rung: matched(rung, args.overrides) for rung in args.rungs.split(",")}
-        rows = {name: describe(overrides) for name, overrides in variants.items()}
-        rates: dict[str, list[float]] = {rung: [] for rung in rows}
-        for _ in range(3):
-            for rung, row in rows.items():
-                rates[rung].append(measure(row["overrides"], 4))
-        for rung, row in rows.items():
-            row["img_per_s"] = statistics.median(rates[rung])
-            kimg = args.kimg or round(row["img_per_s"] * 60 * args.minutes / 1000)
-            row["nimg"] = round(kimg * 1000)
-        plan_path.write_text(json.dumps(rows, indent=1))
+    rows = make_plan(args)
     jobs = {}
     for seed in range(args.seeds):
         for rung, row in rows.items():

@@ -1,0 +1,45 @@
+"""scripts/ablate.py: two settings compared at equal images, and the same command once more."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from runs import TINY
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.mark.slow
+def test_rows_get_equal_images_a_table_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import ablate
+
+    def call(*words: str) -> None:
+        command = ["ablate.py", *TINY, "features=learned", "features.train_kimg=0.1"]
+        command += ["--kimg", "0.016", "--seeds", "1", "--n", "64", "--out", str(tmp_path), *words]
+        monkeypatch.setattr(sys, "argv", command)
+        ablate.main()
+
+    rows = ["--variant", "rpgan", "", "--variant", "hinge", "loss=hinge"]
+    call(*rows)
+    table = (tmp_path / "ladder.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[-2:]] == ["| rpgan", "| hinge"]
+    ladder = json.loads((tmp_path / "ladder.json").read_text())
+    distances = [row["scores"][0]["fid"] for row in ladder.values()]
+    assert distances[0] != distances[1]
+    config = (tmp_path / "hinge-0" / "config.yaml").read_text()
+    assert "name: hinge" in config
+    assert "total_kimg: 0.016" in config
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (2 * 8 * 16 + 16, 8 * 16)
+
+    trained = (tmp_path / "hinge-0" / "done").stat().st_mtime_ns
+    call(*rows)
+    assert (tmp_path / "hinge-0" / "done").stat().st_mtime_ns == trained
+    assert (tmp_path / "ladder.md").read_text() == table
+    with pytest.raises(SystemExit, match="holds another comparison"):
+        call(*rows[:-1], "loss=lsgan")
