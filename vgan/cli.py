@@ -79,6 +79,8 @@ class Command:
                 extra = (words + list(HydraConfig.get().overrides.task),)
             settings = schema.typed(cfg)
             validate(settings)
+            if isinstance(settings, config.TrainConfig):
+                _require_used(settings, HydraConfig.get().overrides.task)
             module, _, name = self.function.partition(":")
             result = getattr(importlib.import_module(module), name)(settings, *extra)
             if isinstance(result, int):
@@ -206,6 +208,14 @@ def _plain(cfg: DictConfig, resolve: bool) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
+
+
+def _require_used(settings: config.TrainConfig, words: Sequence[str]) -> None:
+    """Refuse a schedule of gamma where gamma=auto, the default of some data, would ignore it."""
+    for word in words:
+        if settings.gamma == "auto" and word.startswith("loss.gamma."):
+            fix = "add gamma=schedule or leave it out"
+            raise UserError(f"{word}: has no effect with gamma=auto; {fix}")
 
 
 def _is_sweep() -> bool:

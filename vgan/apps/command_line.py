@@ -67,7 +67,8 @@ def _overrides(config: dict[str, Any], compose: Compose) -> list[str] | None:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flatten(config).items() if name != "run_dir"}
+    unused = ("run_dir", "loss.gamma.") if config.get("gamma") == "auto" else ("run_dir",)
+    return {name: v for name, v in flatten(config).items() if not name.startswith(unused)}
 
 
 def _option(group: str, config: dict[str, Any]) -> str:
