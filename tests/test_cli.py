@@ -322,11 +322,11 @@ def test_usage_errors_name_the_override(run: Cli, tmp_path: Path, override: str,
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_gamma_that_auto_would_ignore_is_refused(run: Cli, tmp_path: Path) -> None:
-    line = message(*run.train("gamma=auto", "loss.gamma.start=2", "device=cpu"), expect_code=1)
-    assert line.endswith(
-        "loss.gamma.start=2: has no effect with gamma=auto; add gamma=schedule or leave it out"
-    )
+@pytest.mark.parametrize("word", ["loss.gamma.start=2", "loss.gamma={start:2,end:1}"])
+def test_a_gamma_that_auto_would_ignore_is_refused(run: Cli, tmp_path: Path, word: str) -> None:
+    line = message(*run.train("gamma=auto", word, "device=cpu"), expect_code=1)
+    rule = "has no effect with gamma=auto; add gamma=schedule or leave it out"
+    assert line.endswith(f"{word}: {rule}")
     assert not (tmp_path / "outputs").exists()
 
 

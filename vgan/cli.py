@@ -213,7 +213,7 @@ def _plain(cfg: DictConfig, resolve: bool) -> dict[str, Any]:
 def _require_used(settings: config.TrainConfig, words: Sequence[str]) -> None:
     """Refuse a schedule of gamma where gamma=auto, the default of some data, would ignore it."""
     for word in words:
-        if settings.gamma == "auto" and word.startswith("loss.gamma."):
+        if settings.gamma == "auto" and word.lstrip("+").startswith("loss.gamma"):
             fix = "add gamma=schedule or leave it out"
             raise UserError(f"{word}: has no effect with gamma=auto; {fix}")
 
