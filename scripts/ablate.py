@@ -104,7 +104,7 @@ def train(overrides: list[str], run_dir: Path) -> None:
         return
     code = "from vgan.cli import train_main; train_main()"
     command = [sys.executable, "-c", code, *overrides, f"run_dir={run_dir}"]
-    log = run_dir.with_suffix(".log")
+    log = run_dir.parent / f"{run_dir.name}.log"  # a name like lr 1.5e-3 has a dot
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
         subprocess.run(command, check=True, stdout=f, stderr=f)

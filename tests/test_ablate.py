@@ -24,11 +24,12 @@ def test_rows_get_equal_images_a_table_and_samples(
         monkeypatch.setattr(sys, "argv", command)
         ablate.main()
 
-    rows = ["--variant", "rpgan", "", "--variant", "hinge", "loss=hinge"]
+    rows = ["--variant", "1.5", "", "--variant", "hinge", "loss=hinge"]
     call(*rows)
     table = (tmp_path / "ladder.md").read_text()
-    assert [line.split(" | ")[0] for line in table.splitlines()[-2:]] == ["| rpgan", "| hinge"]
+    assert [line.split(" | ")[0] for line in table.splitlines()[-2:]] == ["| 1.5", "| hinge"]
     ladder = json.loads((tmp_path / "ladder.json").read_text())
+    assert (tmp_path / "1.5-0.log").exists()
     distances = [row["scores"][0]["fid"] for row in ladder.values()]
     assert distances[0] != distances[1]
     config = (tmp_path / "hinge-0" / "config.yaml").read_text()
