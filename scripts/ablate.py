@@ -107,7 +107,9 @@ def train(overrides: list[str], run_dir: Path) -> None:
     log = run_dir.parent / f"{run_dir.name}.log"  # a name like lr 1.5e-3 has a dot
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
-        subprocess.run(command, check=True, stdout=f, stderr=f)
+        failed = subprocess.run(command, stdout=f, stderr=f).returncode
+    if failed:
+        raise SystemExit(f"{log}: {log.read_text().strip().rpartition(chr(10))[2]}")
     (run_dir / "done").touch()
 
 
@@ -231,7 +233,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for name, row in rows.items():
         if args.kimg is None:
             row["img_per_s"] = statistics.median(rates[name])
-            row["nimg"] = round(row["img_per_s"] * 60 * args.minutes / 1000) * 1000
+            row["nimg"] = round(row["img_per_s"] * 60 * args.minutes)
         else:
             row["nimg"] = round(1000 * args.kimg)
     path.write_text(json.dumps({"asked": asked, "rows": rows}, indent=1))
@@ -264,7 +266,7 @@ def main() -> None:
             jobs[rung, seed] = [
                 *row["overrides"],
                 f"seed={seed}",
-                f"total_kimg={row['nimg'] / 1000:g}",
+                f"total_kimg={row['nimg'] / 1000}",
             ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(jobs[job], folder_of(args.out, *job)), jobs))
