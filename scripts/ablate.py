@@ -104,12 +104,13 @@ def train(overrides: list[str], run_dir: Path) -> None:
         return
     code = "from vgan.cli import train_main; train_main()"
     command = [sys.executable, "-c", code, *overrides, f"run_dir={run_dir}"]
-    log = run_dir.parent / f"{run_dir.name}.log"  # a name like lr 1.5e-3 has a dot
+    log = run_dir.parent / f"{run_dir.name}.log"  # with_suffix would cut 1.5e-3 at its dot
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
         failed = subprocess.run(command, stdout=f, stderr=f).returncode
     if failed:
-        raise SystemExit(f"{log}: {log.read_text().strip().rpartition(chr(10))[2]}")
+        last_line = "".join(log.read_text().splitlines()[-1:])
+        raise SystemExit(f"{log}: exit code {failed}: {last_line}")
     (run_dir / "done").touch()
 
 

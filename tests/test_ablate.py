@@ -44,5 +44,5 @@ def test_rows_get_equal_images_a_table_and_samples(
     assert (tmp_path / "ladder.md").read_text() == table
     with pytest.raises(SystemExit, match="holds another comparison"):
         call(*rows[:-1], "loss=lsgan")
-    with pytest.raises(SystemExit, match=r"run-0\.log: vgan-train: total_kimg=0"):
+    with pytest.raises(SystemExit, match=r"run-0\.log: exit code 1: vgan-train: total_kimg=0"):
         ablate.train([*TINY, "total_kimg=0"], tmp_path / "run-0")
