@@ -98,13 +98,14 @@ def notebook_cells() -> list[str]:
     return ["".join(cell["source"]) for cell in cells]
 
 
-def comparisons() -> list[list[str]]:
-    """Return the commands of the tables in docs/results.md, its shell function expanded."""
-    text = TEXTS["docs/results.md"]
+def comparisons(page: str) -> list[list[str]]:
+    """Return the commands of a page's tables, its shell function and variables expanded."""
+    text = TEXTS[page]
     commands = re.findall(r"`ablate \w\S* ([^`]+)`", text)
     for name, value in re.findall(r'^    ([A-Z]+)="(.+)"$', text, re.MULTILINE):
         commands = [command.replace(f"${name}", value) for command in commands]
     always = re.search(r'(size=xs .*) "\$@"', text)
+    assert commands
     assert always
     script = ["python", "scripts/ablate.py", *always[1].split()]
     return [[*script, *shlex.split(command)] for command in commands]
@@ -116,7 +117,11 @@ COMMANDS = [
 COMMANDS += [
     (page, words, False) for page, text in TEXTS.items() for words in commands_in(mentioned(text))
 ]
-COMMANDS += [("docs/results.md", words, True) for words in comparisons()]
+COMMANDS += [
+    (page, words, True)
+    for page in ("docs/results.md", "docs/log/settings.md")
+    for words in comparisons(page)
+]
 
 
 @pytest.fixture(scope="module")

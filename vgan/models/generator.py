@@ -101,7 +101,8 @@ class Generator(GeneratorBase):
     the most on a CPU. None ends at 16 px, see `default_patch_size`.
 
     With modulation, z and class scale the channels of every stage, not only of the first. The
-    scales start at 1. On emoji it kept more variety: recall 0.19 instead of 0.08 (docs/results.md).
+    scales start at 1. On emoji it kept more variety: recall 0.19 instead of 0.08
+    (docs/log/settings.md).
 
     gradient_checkpointing recomputes the features of each layer in the backward pass: less memory,
     about a third more work (Chen et al. 2016). None does so from 512 px on.

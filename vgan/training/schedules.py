@@ -64,7 +64,7 @@ def default_gamma(resolution: Resolution, batch_size: int) -> tuple[float, float
     gradient norm of the same visible change falls with the number of pixels, so gamma rises with
     it. Smaller batches are noisier and need more: Karras et al. 2020 take resolution^2 / batch. The
     power 3/4 of the batch meets what was best in half an hour on a CPU: 1 for CIFAR-10 in batches
-    of 32, 6.4 for emoji of 64 px in batches of 16 (docs/results.md).
+    of 32, 6.4 for emoji of 64 px in batches of 16 (docs/log/settings.md).
     """
     height, width = height_width(resolution)
     gamma = 0.2 * (height / 32) * (width / 32) * (256 / batch_size) ** 0.75

@@ -18,10 +18,10 @@ class SOAP(torch.optim.Optimizer):
         w <- w - lr U (g' / (sqrt(mean of g'^2) + eps)) V^T
 
     For a small network in small batches it learns more from an image than Adam, and its products
-    cost little beside the convolutions (docs/results.md). The eigenvectors follow by one step of
-    orthogonal iteration every `basis_every` steps. Biases have no matrix and get Adam's step. The
-    filters of a depthwise convolution (C, 1, k, k) share one basis of k k entries, since channels
-    do not mix.
+    cost little beside the convolutions (docs/log/settings.md). The eigenvectors follow by one step
+    of orthogonal iteration every `basis_every` steps. Biases have no matrix and get Adam's step.
+    The filters of a depthwise convolution (C, 1, k, k) share one basis of k k entries, since
+    channels do not mix.
 
     params: float parameters or groups of them. betas: of the gradient, which must be 0 (GANs train
     without momentum, and moving a momentum to a new basis is not implemented), and of the squares.
