@@ -14,7 +14,8 @@ gets as many images as fit the minutes, so that a slower machine changes the bud
 comparison. With --kimg each gets that many thousand images. Evaluates as vgan-eval does.
 
 Writes ladder.md, ladder.json, samples.png (a grid for each row, left to right) and, with
-matplotlib, ladder.png. The same command resumes: finished parts are kept.
+matplotlib, ladder.png. The same command resumes: finished parts are kept, and more --variant add
+rows.
 """
 
 import argparse
@@ -214,31 +215,41 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return the rows and how many images each is trained on, as an earlier call left them."""
+    """Return the rows asked for, with how many images each is trained on.
+
+    A row that an earlier call planned keeps its number of images; new rows are added to the plan.
+    """
     path = args.out / "plan.json"
-    asked = {name: getattr(args, name) for name in ("overrides", "variant", "minutes", "kimg")}
-    if path.exists():
-        plan = json.loads(path.read_text())
-        if plan["asked"] != asked:
-            raise SystemExit(f"--out {args.out}: holds another comparison; use another folder")
-        return plan["rows"]
-    args.out.mkdir(parents=True, exist_ok=True)
+    asked = {name: getattr(args, name) for name in ("overrides", "minutes", "kimg")}
+    plan = json.loads(path.read_text()) if path.exists() else {"asked": asked, "rows": {}}
+    if plan["asked"] != asked:
+        raise SystemExit(f"--out {args.out}: holds another comparison; use another folder")
+    planned = plan["rows"]
     variants = {name: [*args.overrides, *words.split()] for name, words in args.variant}
     if not variants:
-        variants = {rung: matched(rung, args.overrides) for rung in args.rungs.split(",")}
-    rows = {name: describe(overrides) for name, overrides in variants.items()}
-    rates: dict[str, list[float]] = {name: [] for name in rows}
+        rungs = args.rungs.split(",")
+        variants = {
+            rung: planned[rung]["overrides"] if rung in planned else matched(rung, args.overrides)
+            for rung in rungs
+        }
+    for name, overrides in variants.items():
+        if name in planned and planned[name]["overrides"] != overrides:
+            raise SystemExit(f"--out {args.out}: {name} had other overrides; use another name")
+    added = {name: describe(variants[name]) for name in variants if name not in planned}
+    rates: dict[str, list[float]] = {name: [] for name in added}
     for _ in range(3 if args.kimg is None else 0):
-        for name, row in rows.items():
+        for name, row in added.items():
             rates[name].append(measure(row["overrides"], 4))
-    for name, row in rows.items():
+    for name, row in added.items():
         if args.kimg is None:
             row["img_per_s"] = statistics.median(rates[name])
             row["nimg"] = round(row["img_per_s"] * 60 * args.minutes)
         else:
             row["nimg"] = round(1000 * args.kimg)
-    path.write_text(json.dumps({"asked": asked, "rows": rows}, indent=1))
-    return rows
+    planned |= added
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan, indent=1))
+    return {name: planned[name] for name in variants}
 
 
 def main() -> None:

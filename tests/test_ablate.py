@@ -1,4 +1,4 @@
-"""scripts/ablate.py: two settings compared at equal images, and the same command once more."""
+"""scripts/ablate.py: settings compared at equal images, the same command once more, more rows."""
 
 import json
 import sys
@@ -42,7 +42,14 @@ def test_rows_get_equal_images_a_table_and_samples(
     call(*rows)
     assert (tmp_path / "hinge-0" / "done").stat().st_mtime_ns == trained
     assert (tmp_path / "ladder.md").read_text() == table
-    with pytest.raises(SystemExit, match="holds another comparison"):
+    call(*rows, "--variant", "lsgan", "loss=lsgan")
+    longer = (tmp_path / "ladder.md").read_text().splitlines()
+    assert longer[:-1] == table.splitlines()
+    assert longer[-1].startswith("| lsgan | ")
+    assert (tmp_path / "hinge-0" / "done").stat().st_mtime_ns == trained
+    with pytest.raises(SystemExit, match="hinge had other overrides"):
         call(*rows[:-1], "loss=lsgan")
+    with pytest.raises(SystemExit, match="holds another comparison"):
+        call(*rows, "gamma=1")
     with pytest.raises(SystemExit, match=r"run-0\.log: exit code 1: vgan-train: total_kimg=0"):
         ablate.train([*TINY, "total_kimg=0"], tmp_path / "run-0")
