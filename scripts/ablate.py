@@ -14,8 +14,8 @@ gets as many images as fit the minutes, so that a slower machine changes the bud
 comparison. With --kimg each gets that many thousand images. Evaluates as vgan-eval does.
 
 Writes ladder.md, ladder.json, samples.png (a grid for each row, left to right) and, with
-matplotlib, ladder.png. The same command resumes: finished parts are kept, and more --variant add
-rows.
+matplotlib, ladder.png. The same command resumes: finished parts are kept. With more --variant
+at its end it adds rows; with --minutes, their speed is measured then.
 """
 
 import argparse
@@ -220,12 +220,16 @@ def make_plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     A row that an earlier call planned keeps its number of images; new rows are added to the plan.
     """
     path = args.out / "plan.json"
-    asked = {name: getattr(args, name) for name in ("overrides", "minutes", "kimg")}
+    asked = {name: getattr(args, name) for name in ("overrides", "minutes", "kimg", "n")}
+    asked["ladder"] = not args.variant
     plan = json.loads(path.read_text()) if path.exists() else {"asked": asked, "rows": {}}
-    if plan["asked"] != asked:
+    if any(plan["asked"].get(key, value) != value for key, value in asked.items()):
         raise SystemExit(f"--out {args.out}: holds another comparison; use another folder")
     planned = plan["rows"]
     variants = {name: [*args.overrides, *words.split()] for name, words in args.variant}
+    names = [*(name for name in planned if name not in variants), *(n for n, _ in args.variant)]
+    if len({folder_of(args.out, name, 0) for name in names}) < len(names):
+        raise SystemExit(f"--variant: two rows would share a folder of {args.out}; rename one")
     if not variants:
         rungs = args.rungs.split(",")
         variants = {

@@ -49,7 +49,10 @@ def test_rows_get_equal_images_a_table_and_samples(
     assert (tmp_path / "hinge-0" / "done").stat().st_mtime_ns == trained
     with pytest.raises(SystemExit, match="hinge had other overrides"):
         call(*rows[:-1], "loss=lsgan")
-    with pytest.raises(SystemExit, match="holds another comparison"):
-        call(*rows, "gamma=1")
+    for other in ([*rows, "gamma=1"], [*rows, "--n", "32"], []):
+        with pytest.raises(SystemExit, match="holds another comparison"):
+            call(*other)
+    with pytest.raises(SystemExit, match="two rows would share a folder"):
+        call(*rows, "--variant", "hin ge", "", "--variant", "hin-ge", "")
     with pytest.raises(SystemExit, match=r"run-0\.log: exit code 1: vgan-train: total_kimg=0"):
         ablate.train([*TINY, "total_kimg=0"], tmp_path / "run-0")
